@@ -1,0 +1,1 @@
+"""Agents: tools to call, environments that judge, synthetic demonstrations to learn from."""

@@ -1,0 +1,1 @@
+"""Environments with verifiable rewards; each follows `step35.api.environment.Environment`."""

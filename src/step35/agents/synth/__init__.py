@@ -1,0 +1,1 @@
+"""Synthetic demonstrations whose tool outputs are really executed."""

@@ -1,0 +1,1 @@
+"""What crosses folder and process borders: plain records and protocols, no torch."""

@@ -1,0 +1,92 @@
+"""The `step35` command: picks the verb, reads its settings, turns errors into messages and exit codes.
+
+A verb's module loads when it is called, so that `step35 --help` answers at once. Settings come from the defaults,
+then from `--config FILE`, then from flags.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from step35 import __version__
+from step35.config.base import suggest
+from step35.errors import ConfigError, Step35Error
+
+VERBS = {
+    "demo": "train, post-train, evaluate and export a small model, end to end",
+    "doctor": "say what this machine can do",
+    "prepare": "build a tokenizer and token shards from local text",
+    "train": "pre-train a model",
+    "sft": "fine-tune on conversations",
+    "rl": "reinforcement learning with MIS-PO",
+    "eval": "measure held-out accuracy, MTP acceptance and speed",
+    "convert": "write a run's newest checkpoint in the released layout",
+    "generate": "continue a text",
+    "chat": "talk to a model that can use tools",
+    "runs": "list, show and plot runs",
+}
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return the process's exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if given[0] == "--version":
+        print(f"step35 {__version__}")
+        return 0
+    try:
+        return run(given[0], given[1:])
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except Step35Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(verb: str, rest: list[str]) -> int:
+    """Parse the verb's settings and call it."""
+    if verb not in VERBS:
+        raise ConfigError(f"unknown verb '{verb}'.{suggest(verb, VERBS)} Verbs: {', '.join(VERBS)}.")
+    import tyro
+
+    module = importlib.import_module(f"step35.cli.{verb}")
+    rest, default = _from_file(module.Args, rest)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    args = tyro.cli(module.Args, prog=f"step35 {verb}", description=module.__doc__, args=rest, **options)
+    return int(module.main(args))
+
+
+def _from_file(args: Any, rest: list[str]) -> tuple[list[str], Any]:
+    """Take `--config FILE` out of the arguments and read it as the defaults."""
+    if "--config" not in rest:
+        return rest, None
+    place = rest.index("--config")
+    if place + 1 >= len(rest):
+        raise ConfigError("--config needs a file: TOML, or JSON such as a run's config.json.")
+    from step35.config.load import load_file
+
+    return rest[:place] + rest[place + 2 :], load_file(rest[place + 1], args)
+
+
+def usage() -> str:
+    """Return the text of `step35 --help`."""
+    verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
+    return (
+        "usage: step35 VERB [--config FILE] [options]\n\n"
+        f"The open Step 3.5 Flash stack: train, post-train, speculate and evaluate.\n\n{verbs}\n\n"
+        "`step35 VERB --help` lists the options of a verb. Long verbs resume when they are run again."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The pipeline's stages, each a function of its settings and its run directory; the demo and the verbs share them.
+
+A stage that is done says so in `done.json` and is not run again. Its model lies in `<stage>/model`, in the
+released layout, where the next stage finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from step35.agents.envs.arithmetic import ArithmeticEnvironment
+from step35.agents.synth.arithmetic import demonstration
+from step35.agents.tools.calculator import Calculator
+from step35.config.base import Config
+from step35.config.data import PrepareConfig
+from step35.config.post import SFTConfig
+from step35.config.presets import preset
+from step35.config.rl import RLConfig
+from step35.config.train import TrainConfig
+from step35.data import chat
+from step35.data.arithmetic import problem
+from step35.data.loader import PretrainLoader, validation
+from step35.data.prepare import PreparedData, prepare
+from step35.data.tokenizer import Tokenizer, load_tokenizer
+from step35.engine.llm import LLM
+from step35.model.init import grow_mtp, initialise
+from step35.model.step35 import Step35
+from step35.model.weights import load_model, save_model
+from step35.post.rl.loop import reinforce
+from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
+from step35.runtime.console import Console
+from step35.runtime.rundir import RunDir
+from step35.runtime.seeding import generator
+from step35.train.step import validation_loss
+from step35.train.trainer import train
+
+DONE = "done.json"
+
+
+def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do `work` in `run` unless it is done; return its result with the seconds it took."""
+    settings = config.model_dump(mode="json", exclude={"out"})
+    run.check_config(settings)
+    run.write_config(settings)
+    finished = run.path / DONE
+    if finished.is_file():
+        return dict(json.loads(finished.read_text(encoding="utf-8")))
+    run.write_env()
+    run.events.event("started")
+    started = time.monotonic()
+    result = {**work(), "seconds": round(time.monotonic() - started, 1)}
+    run.write_json(DONE, result)
+    run.events.event("finished", seconds=result["seconds"])
+    return result
+
+
+def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context: int) -> PreparedData:
+    """Build tokenizer, shards and baselines in `out`, with one progress bar a step."""
+    with ExitStack() as bars:
+        label, before, shown = "", 0.0, None
+
+        def progress(step: str, done: float, total: float, figure: str) -> None:
+            nonlocal label, before, shown
+            if step != label or shown is None:
+                bars.close()
+                shown = bars.enter_context(console.stage(f"prepare: {step}", int(total), "unit"))
+                label, before = step, 0.0
+            shown.advance(int(done) - int(before), figure)
+            before = done
+
+        return prepare(out, config, progress, context=context, tokenizer_texts=_chat_samples(config.seed))
+
+
+def _chat_samples(seed: int) -> list[str]:
+    """Return rendered demonstrations, so that the chat format's words become tokens."""
+    calculator = Calculator()
+    problems = [problem(i, split="train", seed=seed) for i in range(300)]
+    return [chat.render(demonstration(p, calculator, index=i), [calculator.schema]) for i, p in enumerate(problems)]
+
+
+def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train preset `model_name` from scratch on prepared data."""
+
+    def work() -> dict[str, Any]:
+        architecture = preset(model_name).model_copy(update={"vocab_size": data.tokenizer.vocab_size})
+        model = Step35(architecture)
+        initialise(model, generator(config.seed, "init"))
+        loader = PretrainLoader(data.train, config.context, config.batch_rows, config.seed)
+        held_back = validation(data.val, config.context, max_rows=data.val.total_tokens)
+        losses: list[float] = []
+
+        def validate() -> float:
+            losses.append(validation_loss(model, held_back))
+            return losses[-1]
+
+        train(model, loader, config, run, console, name="train", validate=validate)
+        publish(model, data.tokenizer, run.path / "model")
+        return {
+            "val_loss": losses[-1] if losses else validate(),
+            "steps": config.steps,
+            "tokens": config.steps * config.batch_tokens,
+        }
+
+    return stage(run, config, work)
+
+
+def supervise(
+    run: RunDir, source: Path, config: SFTConfig, console: Console, conversations: Path | None = None
+) -> dict[str, Any]:
+    """Fine-tune the model in `source` on `conversations`, or on synthesised calculator demonstrations."""
+
+    def work() -> dict[str, Any]:
+        tokenizer = load_tokenizer(source)
+        model = grow_mtp(load_model(source), 3)
+        file = conversations or run.path / "conversations.jsonl"
+        if conversations is None and not file.is_file():
+            write_conversations(file, synthesise(config, console))
+        samples = read_conversations(file, console.warn)
+        fine_tune(model, samples, tokenizer, config, run, console)
+        publish(model, tokenizer, run.path / "model")
+        return {"conversations": len(samples), "steps": config.steps}
+
+    return stage(run, config, work)
+
+
+def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
+    """Make demonstrations on training problems; every tool call is executed."""
+    calculator = Calculator()
+    made = []
+    with console.stage("sft: synthesise", config.conversations, "conversation") as shown:
+        for i in range(config.conversations):
+            drawn = problem(i, split="train", seed=config.seed)
+            messages = demonstration(drawn, calculator, index=i, mistakes=config.mistakes)
+            made.append(Conversation(messages, [calculator.schema]))
+            shown.advance()
+    return made
+
+
+def environment(split: str, seed: int) -> ArithmeticEnvironment:
+    """Return the calculator task on "train" or "held_out" problems."""
+    # RL draws from another stream of training problems than the demonstrations did.
+    return ArithmeticEnvironment("held_out" if split == "held_out" else "train", seed + 1, Calculator())
+
+
+def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Console) -> dict[str, Any]:
+    """Improve the model in `source` by MIS-PO on fresh problems."""
+
+    def work() -> dict[str, Any]:
+        tokenizer = load_tokenizer(source)
+        actor = load_model(source)
+        rollouts = LLM(model=load_model(source), tokenizer=tokenizer, max_batch=config.prompts * config.responses)
+        reinforce(actor, rollouts, environment("train", config.seed), tokenizer, config, run, console)
+        publish(actor, tokenizer, run.path / "model")
+        return {"rounds": config.steps}
+
+    return stage(run, config, work)
+
+
+def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "float32") -> None:
+    """Write model, tokenizer, chat template and generation config to `folder`, whole or not at all."""
+    draft = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    save_model(model, draft, dtype=dtype)
+    tokenizer.save(draft)
+    write_generation_config(model, draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def write_generation_config(model: Step35, folder: Path) -> None:
+    """Write `generation_config.json`: end tokens, and the report's decoding (temperature 1, top-p 1)."""
+    config = model.config
+    content = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_id),
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    RunDir(folder).write_json("generation_config.json", content)

@@ -1,0 +1,1 @@
+"""Every knob of the stack, frozen and validated, without torch."""

@@ -1,0 +1,35 @@
+"""The demo: every stage's settings, sized for two CPU cores and fifteen minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from step35.config.base import Config
+from step35.config.data import PrepareConfig
+from step35.config.post import EvalConfig, SFTConfig
+from step35.config.rl import RLConfig
+from step35.config.train import TrainConfig
+
+
+class DemoConfig(Config):
+    """Train, post-train, evaluate and export a Step 3.5 model; run again to continue where it stopped."""
+
+    out: Path = Path("runs/demo")
+    """Run directory."""
+    seed: int = 0
+    """Seed of every stage."""
+    preset: str = "tiny"
+    """Model preset to train."""
+    prepare: PrepareConfig = PrepareConfig()
+    train: TrainConfig = TrainConfig(steps=500)
+    sft: SFTConfig = SFTConfig(
+        steps=120, context=512, batch_rows=8, micro_rows=8, lr=2e-3, final_lr=4e-4, warmup_steps=5,
+        mtp_joint_from=80, freeze_router=True, balance_rate=0.0, ep_weight=0.0, checkpoint_every=40,
+    )  # fmt: skip
+    rl: RLConfig = RLConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def seeded(self) -> DemoConfig:
+        """Return the settings with this seed in every stage."""
+        stages = ("prepare", "train", "sft", "rl", "eval")
+        return self.model_copy(update={s: getattr(self, s).model_copy(update={"seed": self.seed}) for s in stages})

@@ -1,0 +1,53 @@
+"""Knobs of reinforcement learning with MIS-PO (report section 6)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from step35.config.base import Config
+
+
+class MISPOConfig(Config):
+    """Bounds of the two 0/1 filters on pi_old / pi_infer (eq. 2)."""
+
+    token_low: float = Field(default=0.5, gt=0)
+    token_high: float = 2.0
+    trajectory_low: float = Field(default=0.996, gt=0)
+    """Lower bound on the geometric mean over a response; see `trajectory_high`."""
+    trajectory_high: float = 1.001
+    """Almost nothing legitimate lies above 1: under the sampler the mean log-ratio is -KL."""
+    ratio_at: Literal["snapshot", "update"] = "snapshot"
+    """Take pi_old once before the mini-batches, or afresh at each of them, against the policy that sampled."""
+
+
+class RLConfig(Config):
+    """One RL stage: `steps` rounds of rollouts, each followed by one epoch over them."""
+
+    steps: int = Field(default=16, ge=1)
+    prompts: int = Field(default=64, ge=1)
+    """Fresh problems a round."""
+    responses: int = Field(default=2, ge=1)
+    """Rollouts of each problem."""
+    max_turns: int = Field(default=3, ge=1)
+    """Assistant turns an episode may take."""
+    max_turn_tokens: int = Field(default=64, ge=1)
+    """Tokens an assistant turn may take; beyond, the episode counts as truncated."""
+    actor_batches: int = Field(default=4, ge=1)
+    """Mini-batches of the actor's epoch (4 in the report)."""
+    critic_batches: int = Field(default=12, ge=1)
+    """Mini-batches of the critic's epoch (12 in the report)."""
+    actor_lr: float = Field(default=5e-4, gt=0)
+    critic_lr: float = Field(default=1e-3, gt=0)
+    actor_warmup: int = Field(default=4, ge=0)
+    """Actor updates over which its rate rises from 0."""
+    critic_warmup: int = Field(default=12, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    mis_po: MISPOConfig = MISPOConfig()
+    checkpoint_every: int = Field(default=4, ge=1)
+    seed: int = 0
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+    """Compute dtype of the updates. float32 keeps training and inference log-probabilities equal, which the narrow
+    trajectory band needs on responses this short."""

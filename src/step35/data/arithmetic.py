@@ -1,0 +1,183 @@
+"""Arithmetic problems whose operands never cross from training to evaluation.
+
+`held_out` splits the integers themselves: a held-out problem holds no operand that a training problem holds,
+so solving it takes copying and not recall. `problem` feeds demonstrations and the environment, `document`
+feeds pre-training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+
+_OPERATIONS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+_DIGITS = (1, 2, 2, 2, 3, 3, 3, 4, 4)
+"""Digits of an operand, one entry drawn at random; the answer may be longer."""
+_NESTED_SHARE = 0.15
+"""Share of problems with three operands and parentheses."""
+
+_PHRASINGS = {
+    "+": (
+        "What is {a} + {b}?",
+        "How much is {a} plus {b}?",
+        "Add {b} to {a}.",
+        "Tom has {a} apples and buys {b} more. How many now?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "How much is {a} minus {b}?",
+        "Take {b} away from {a}.",
+        "Ann has {a} coins and spends {b}. How many are left?",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "{a} times {b}",
+        "Multiply {a} by {b}.",
+        "There are {a} boxes with {b} pens each. How many pens?",
+    ),
+    "//": (
+        "What is {a} // {b}?",
+        "Divide {a} by {b}, whole part only.",
+        "How many times does {b} fit into {a}?",
+        "{a} sweets for {b} children. How many whole sweets each?",
+    ),
+    "%": (
+        "What is {a} % {b}?",
+        "What is the remainder of {a} divided by {b}?",
+        "{a} modulo {b}",
+        "Divide {a} by {b}, remainder only.",
+    ),
+}
+_NESTED_PHRASINGS = ("What is {e}?", "Compute {e}.", "How much is {e}?", "{e}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question in words, the expression that answers it, and the answer."""
+
+    question: str
+    expression: str
+    answer: str
+
+
+def held_out(n: int) -> bool:
+    """Tell whether the integer `n` is kept from training: about one in 8, fixed for ever by a hash."""
+    return hashlib.blake2b(b"%d" % n, digest_size=8).digest()[0] % 8 == 0
+
+
+def problem(index: int, *, split: Split, seed: int) -> Problem:
+    """Return problem number `index` of a split; the same arguments always give the same problem."""
+    return draw_problem(random.Random(f"problem/{seed}/{split}/{index}"), split)
+
+
+def draw_problem(draw: random.Random, split: Split) -> Problem:
+    """Draw a problem with all operands from the split's side."""
+    if draw.random() < _NESTED_SHARE:
+        return _nested_problem(draw, split)
+    symbol = draw.choice(list(_OPERATIONS))
+    a, b = draw_operand(draw, split), draw_operand(draw, split)
+    if symbol in ("-", "//", "%"):  # nobody spends more than they have, or divides 12 by 900
+        a, b = max(a, b), min(a, b)
+    question = draw.choice(_PHRASINGS[symbol]).format(a=a, b=b)
+    return Problem(question, f"{a} {symbol} {b}", str(_OPERATIONS[symbol](a, b)))
+
+
+def draw_operand(draw: random.Random, split: Split) -> int:
+    """Draw a positive operand, mostly of 2 to 4 digits, from the split's side."""
+    while True:
+        digits = draw.choice(_DIGITS)
+        n = draw.randrange(10 ** (digits - 1), 10**digits)
+        if held_out(n) == (split == "held_out"):
+            return n
+
+
+def _nested_problem(draw: random.Random, split: Split) -> Problem:
+    """Two operations with the parenthesis left or right; no division, so no divisor can become zero."""
+    a, b, c = (draw_operand(draw, split) for _ in range(3))
+    inner, outer = draw.choice("+-*"), draw.choice("+-*")
+    if draw.random() < 0.5:
+        expression = f"({a} {inner} {b}) {outer} {c}"
+        answer = _OPERATIONS[outer](_OPERATIONS[inner](a, b), c)
+    else:
+        expression = f"{a} {outer} ({b} {inner} {c})"
+        answer = _OPERATIONS[outer](a, _OPERATIONS[inner](b, c))
+    question = draw.choice(_NESTED_PHRASINGS).format(e=expression)
+    return Problem(question, expression, str(answer))
+
+
+def document(index: int, *, seed: int) -> str:
+    """Return pre-training text number `index`: about a dozen lines in mixed layouts, training operands only.
+
+    It teaches copying numbers and mapping questions to expressions, and is not in the chat format.
+    """
+    draw = random.Random(f"document/{seed}/{index}")
+    layouts = draw.sample(_LAYOUTS, 3)
+    return "\n\n".join("\n".join(layout(draw)) for layout in layouts) + "\n"
+
+
+def _problems(draw: random.Random, count: int) -> list[Problem]:
+    return [draw_problem(draw, "train") for _ in range(count)]
+
+
+def _session(draw: random.Random) -> list[str]:
+    """A Python prompt session."""
+    return [line for p in _problems(draw, 3) for line in (f">>> {p.expression}", p.answer)]
+
+
+def _labelled(draw: random.Random) -> list[str]:
+    """Question, expression and result on lines of their own, under varying labels."""
+    labels = draw.choice(
+        (("Question", "Expression", "Result"), ("Q", "E", "A"), ("ask", "compute", "get"), ("#", "=", ">"))
+    )
+    rows = [(p.question, p.expression, p.answer) for p in _problems(draw, 2)]
+    return [f"{label}: {value}" for row in rows for label, value in zip(labels, row, strict=True)]
+
+
+def _inline(draw: random.Random) -> list[str]:
+    """Question, expression and result on one line."""
+    layout = draw.choice(
+        (
+            "{p.question} -> {p.expression} = {p.answer}",
+            "{p.question} | {p.expression} | {p.answer}",
+            '"{p.question}" means {p.expression}, which is {p.answer}.',
+            "calculator({p.expression}) gives {p.answer}  # {p.question}",
+        )
+    )
+    return [layout.format(p=p) for p in _problems(draw, 4)]
+
+
+def _mapping(draw: random.Random) -> list[str]:
+    """Question to expression only: what a tool call needs."""
+    layout = draw.choice(("{p.question} => {p.expression}", "{p.expression}  <=  {p.question}"))
+    return [layout.format(p=p) for p in _problems(draw, 4)]
+
+
+def _assignments(draw: random.Random) -> list[str]:
+    """Values that are named and used again."""
+    lines = []
+    for _ in range(4):
+        name, symbol = draw.choice("abcmnxyz"), draw.choice("+-*")
+        a, b = draw_operand(draw, "train"), draw_operand(draw, "train")
+        lines.append(f"{name} = {a}; {name} {symbol} {b} is {_OPERATIONS[symbol](a, b)}")
+    return lines
+
+
+def _copies(draw: random.Random) -> list[str]:
+    """Numbers repeated after a separator."""
+    separator = draw.choice((" : ", " -> ", " | ", " again "))
+    rows = [" ".join(str(draw_operand(draw, "train")) for _ in range(draw.choice((1, 2, 2, 3)))) for _ in range(4)]
+    return [f"{row}{separator}{row}" for row in rows]
+
+
+_LAYOUTS = (_session, _labelled, _inline, _mapping, _assignments, _copies)

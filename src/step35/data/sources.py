@@ -1,0 +1,270 @@
+"""Real text that every machine has: standard library, installed packages, their docstrings, the user's files.
+
+First step of `prepare`. Each document carries the report's meta tokens (app. A.3): a readable line of type,
+language, domain and source. Bad files never stop a run: they are skipped, counted and named in the report. A
+file gives either its code or its docstrings, never both, so validation cannot repeat what training has seen.
+
+Deterministic for one Python environment: files are sorted before they are shuffled by seed, and named
+relative to their root. It judges quality by simple rules only; there are no learned scorers here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from pathlib import Path, PurePath
+
+from step35.data.dedup import Deduplicator
+from step35.data.docstrings import docstring_document
+from step35.data.licences import licence_problem
+from step35.errors import DataError
+
+STDLIB_SHARE = 0.60
+PACKAGES_SHARE = 0.25
+_MOST_FILE_CHARS = 200_000
+"""Longer source files are nearly always generated."""
+_LEAST_DOCSTRING_CHARS = 300
+_LONGEST_LINE_CHARS = 5_000
+_SKIPPED_FOLDERS = frozenset(
+    """
+    __pycache__ _vendor dist-packages idlelib lib2to3 site-packages test tests third_party vendor
+    """.split()  # noqa: SIM905
+)
+_USER_SUFFIXES = frozenset((".txt", ".md", ".py", ".jsonl"))
+_DATA_LINE = re.compile(r"""\s*[\[({]*\s*([bBuUrR]?(?P<quote>['"])(?!(?P=quote){2})|[-+.]?\d)""")
+"""A line that starts with a literal: a table row. Docstrings (three quotes) are not meant."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and what the meta line says about it."""
+
+    text: str
+    kind: str
+    """code, documentation, text or arithmetic."""
+    language: str
+    domain: str
+    source: str
+    """Relative name, for example "stdlib/json/decoder.py"."""
+
+    @property
+    def meta(self) -> str:
+        """The readable metadata line that the document starts with (app. A.3)."""
+        return f"type: {self.kind} | language: {self.language} | domain: {self.domain} | source: {self.source}"
+
+
+@dataclass
+class SourceReport:
+    """What was taken and what was left out, and why."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    """Documents taken, by kind."""
+    characters: Counter[str] = field(default_factory=Counter)
+    """Characters taken, by kind."""
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Files left out by rule: reason -> count."""
+    skipped: list[str] = field(default_factory=list)
+    """Files and lines that could not be read: "name: reason"."""
+    packages_left_out: dict[str, str] = field(default_factory=dict)
+    """Installed packages not used because of their licence: name -> reason."""
+
+
+@dataclass(frozen=True)
+class _SourceFile:
+    path: Path
+    source: str
+    domain: str
+
+
+def collect(
+    budget_chars: int,
+    seed: int,
+    extra: Sequence[Path] = (),
+    *,
+    on_progress: Callable[[int], None] = lambda characters: None,
+) -> tuple[list[Document], SourceReport]:
+    """Sample about `budget_chars` characters of documents, the user's files (`extra`) first.
+
+    The rest is 60% standard library code, 25% package code and 15% docstrings; what one source lacks, the
+    next one fills. `on_progress` gets the characters taken so far. Raises `DataError` when a path in `extra`
+    does not exist.
+    """
+    collection = _Collection(on_progress)
+    report = collection.report
+    rng = random.Random(seed)
+    collection.take_until(budget_chars, _user_documents(extra, report))
+    start = collection.characters
+    rest = max(0, budget_chars - start)
+    # One document is at most a fiftieth of the budget, so that small corpora are mixed too.
+    most_chars = min(_MOST_FILE_CHARS, max(4_000, rest // 50))
+    stdlib = iter(_interleave([_stdlib_files(report)], rng))
+    packages = iter(_interleave(_package_files(report), rng))
+    collection.take_until(start + int(rest * STDLIB_SHARE), _code(stdlib, most_chars, report))
+    collection.take_until(start + int(rest * (STDLIB_SHARE + PACKAGES_SHARE)), _code(packages, most_chars, report))
+    collection.take_until(start + rest, _docstrings(chain(stdlib, packages), most_chars, report))
+    return collection.documents, report
+
+
+class _Collection:
+    """The documents taken so far, without repetitions."""
+
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self.documents: list[Document] = []
+        self.characters = 0
+        self.report = SourceReport()
+        self._deduplicator = Deduplicator()
+        self._on_progress = on_progress
+
+    def take_until(self, total_chars: int, documents: Iterator[Document]) -> None:
+        """Take documents until the collection holds `total_chars`; pull no more than needed."""
+        while self.characters < total_chars and (document := next(documents, None)):
+            if problem := self._deduplicator.repeats(document.text):
+                self.report.filtered[problem] += 1
+                continue
+            self.documents.append(document)
+            self.characters += len(document.text)
+            self.report.documents[document.kind] += 1
+            self.report.characters[document.kind] += len(document.text)
+            self._on_progress(self.characters)
+
+
+def _interleave(groups: list[list[_SourceFile]], rng: random.Random) -> list[_SourceFile]:
+    """Shuffle within and among groups, then take turns, so that no large package fills the corpus."""
+    for group in groups:
+        rng.shuffle(group)
+    rng.shuffle(groups)
+    return [file for turn in zip_longest(*groups) for file in turn if file]
+
+
+def _stdlib_files(report: SourceReport) -> list[_SourceFile]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = (PurePath(path.relative_to(root)).as_posix() for path in _walk(root, report) if path.suffix == ".py")
+    return [_SourceFile(root / name, f"stdlib/{name}", "standard library") for name in sorted(names)]
+
+
+def _walk(root: Path, report: SourceReport) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        report.skipped.append(f"{os.path.relpath(error.filename, root.parent)}: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(files))
+
+
+def _package_files(report: SourceReport) -> list[list[_SourceFile]]:
+    """Return the Python files of each permissively licensed distribution except step35's own."""
+    distributions = {
+        name.lower(): distribution
+        for distribution in importlib.metadata.distributions()
+        if (name := (distribution.metadata.get_all("Name") or [""])[0]) not in ("", "step35")
+    }
+    packages = []
+    for name, distribution in sorted(distributions.items()):
+        if problem := licence_problem(distribution.metadata):
+            report.packages_left_out[name] = problem
+            continue
+        files = sorted(
+            PurePath(file).as_posix()
+            for file in distribution.files or []
+            if file.suffix == ".py" and not (_SKIPPED_FOLDERS | {".."}) & set(file.parts)
+        )
+        domain = f"python package {name}"
+        packages.append([_SourceFile(Path(str(distribution.locate_file(file))), file, domain) for file in files])
+    return packages
+
+
+def _code(files: Iterable[_SourceFile], most_chars: int, report: SourceReport) -> Iterator[Document]:
+    for file in files:
+        text = _read(file.path, file.source, report)
+        if text and not _filtered(text, most_chars, report):
+            yield Document(text, "code", "python", file.domain, file.source)
+
+
+def _docstrings(files: Iterable[_SourceFile], most_chars: int, report: SourceReport) -> Iterator[Document]:
+    for file in files:
+        code = _read(file.path, file.source, report)
+        if not code or _filtered(code, _MOST_FILE_CHARS, report):
+            continue
+        try:
+            text = docstring_document(code, file.source)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            report.skipped.append(f"{file.source}: not Python ({type(error).__name__})")
+            continue
+        if _LEAST_DOCSTRING_CHARS <= len(text) <= most_chars:
+            yield Document(text, "documentation", "english", "documentation", file.source)
+
+
+def _filtered(code: str, most_chars: int, report: SourceReport) -> bool:
+    """Say whether a source file is generated, a table or too large, and count it."""
+    lines = [line for line in code.splitlines() if line.strip()]
+    reason = ""
+    if len(code) > most_chars:
+        reason = "too large"
+    elif not lines or max(map(len, lines)) > _LONGEST_LINE_CHARS:
+        reason = "empty or generated"
+    elif sum(bool(_DATA_LINE.match(line)) for line in lines) > len(lines) / 2:
+        reason = "mostly data"
+    if reason:
+        report.filtered[reason] += 1
+    return bool(reason)
+
+
+def _read(path: Path, name: str, report: SourceReport) -> str:
+    """Return the text of a file with Unix line ends, or "" after noting in the report why there is none."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        report.skipped.append(f"{name}: {error.strerror or error}")
+        return ""
+    except UnicodeDecodeError as error:
+        report.skipped.append(f"{name}: not UTF-8 at byte {error.start}")
+        return ""
+    if "\0" in text:
+        report.skipped.append(f"{name}: contains null bytes")
+        return ""
+    return text.replace("\r\n", "\n")
+
+
+def _user_documents(extra: Sequence[Path], report: SourceReport) -> Iterator[Document]:
+    for given in extra:
+        if not given.exists():
+            raise DataError(f"extra text {str(given)!r} does not exist; give a file or folder of {_suffixes()}.")
+        for path in _walk(given, report) if given.is_dir() else [given]:
+            name = path.relative_to(given.parent).as_posix()
+            if path.suffix not in _USER_SUFFIXES:
+                report.skipped.append(f"{path}: suffix is not one of {_suffixes()}")
+            elif path.suffix == ".jsonl":
+                yield from _json_lines(path, name, report)
+            elif text := _read(path, str(path), report):
+                is_code = path.suffix == ".py"
+                yield Document(text, "code" if is_code else "text", "python" if is_code else "unknown", "user", name)
+
+
+def _suffixes() -> str:
+    return ", ".join(sorted(_USER_SUFFIXES))
+
+
+def _json_lines(path: Path, name: str, report: SourceReport) -> Iterator[Document]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        report.skipped.append(f"{path}: {error.strerror or error}")
+        return
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:  # bad JSON and bad UTF-8 alike
+            report.skipped.append(f"{path}:{number}: not JSON ({error})")
+            continue
+        if isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]:
+            yield Document(record["text"], "text", "unknown", "user", name)
+        elif line.strip():
+            report.skipped.append(f'{path}:{number}: not an object with a string "text"')

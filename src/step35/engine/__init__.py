@@ -1,0 +1,1 @@
+"""Inference: requests, caches, sampling and speculative decoding behind `api.Sampler`."""

@@ -1,0 +1,108 @@
+"""`LLM`: a checkpoint ready to generate, in one process. Implements `api.Sampler`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from step35.api.messages import Message, ToolSchema
+from step35.api.sampler import Completion
+from step35.api.sampling import SamplingParams
+from step35.data import chat
+from step35.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from step35.engine.engine import Engine
+from step35.model.context import Context
+from step35.model.step35 import Step35
+from step35.model.weights import load_model
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory."""
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        model: Step35 | None = None,
+        tokenizer: Tokenizer | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_batch: int = 64,
+        max_context: int | None = None,
+    ) -> None:
+        if path is not None:
+            model, tokenizer = load_model(path, dtype=dtype, device=device), load_tokenizer(path)
+        if model is None or tokenizer is None:
+            raise ValueError("LLM needs a checkpoint folder, or both model= and tokenizer=")
+        self.tokenizer = tokenizer
+        self.engine = Engine(model, tokenizer.eos_ids, max_batch=max_batch, max_context=max_context)
+
+    @property
+    def model(self) -> Step35:
+        """The module that generates."""
+        return self.engine.model
+
+    def generate(
+        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue each prompt (text, or token ids); text prompts get the BOS token in front."""
+        many = [prompts] if isinstance(prompts, str) else prompts
+        completions = self.engine.generate(self.engine.create([self._ids(p) for p in many], params or SamplingParams()))
+        return [replace(c, text=self.tokenizer.decode(list(c.token_ids), skip_special=True)) for c in completions]
+
+    def chat(
+        self,
+        messages: list[Message],
+        tools: list[ToolSchema] | None = None,
+        params: SamplingParams | None = None,
+    ) -> Message:
+        """Return the next assistant message, reasoning and tool calls parsed."""
+        prompt = chat.encode_prompt(self.tokenizer, messages, tools)
+        [completion] = self.generate([prompt], params)
+        return chat.parse(self.tokenizer.decode(list(completion.token_ids)), tools)
+
+    def stream_ids(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[list[int]]:
+        """Yield the new tokens of each pass: the first after the prompt, then one, or more when drafts were right."""
+        requests = self.engine.create([self._ids(prompt)], params or SamplingParams())
+        for news in self.engine.run(requests):
+            for _, tokens in news:
+                yield tokens
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the continuation's text piece by piece, special tokens included, never half a character."""
+        decoder = StreamDecoder(self.tokenizer)
+        for tokens in self.stream_ids(prompt, params):
+            text = "".join(decoder.push(token) for token in tokens)
+            if text:
+                yield text
+        rest = decoder.flush()
+        if rest:
+            yield rest
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the log-probabilities of ids 1..T-1 of each sequence of T ids."""
+        return [score_one(self.model, ids) for ids in sequences]
+
+    def update_weights(self, state: Mapping[str, Any], version: int) -> None:
+        """Take new weights between generations."""
+        self.model.load_state_dict(state)
+        self.engine.version = version
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+def score_one(model: Step35, ids: Sequence[int]) -> list[float]:
+    """Return the T-1 log-probabilities of one sequence."""
+    tokens_BT = torch.tensor([list(ids)], device=model.embed_tokens.weight.device)
+    logits = model.logits(model.trunk(tokens_BT, Context.packed(tokens_BT)))
+    losses = F.cross_entropy(logits[0, :-1], tokens_BT[0, 1:], reduction="none")
+    return (-losses).tolist()

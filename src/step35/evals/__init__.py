@@ -1,0 +1,1 @@
+"""Evaluation through `Sampler` and `Environment`: accuracy with intervals, acceptance, speed."""

@@ -1,0 +1,1 @@
+"""Single-device mathematics: read `step35.py` from embedding to logits."""

@@ -1,0 +1,91 @@
+"""What all layers of one forward pass share: positions, document borders, rotary tables, masks, caches, records."""
+
+# B batch  T tokens  S cached keys  K kv heads  C head dim  E experts  N tokens of all rows
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from step35.config.model import LayerConfig
+from step35.model import attention_kernels as kernels
+from step35.model.rope import rope_table
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens, as the engine keeps them."""
+
+    def extend(self, layer: int, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values at their positions and return all of them, each (B, S, K, C)."""
+        ...
+
+
+@dataclass
+class Routing:
+    """What one MoE layer decided, kept for balance losses and monitors."""
+
+    layer: int
+    probabilities_NE: Tensor
+    """Sigmoid scores, fp32, with gradient."""
+    experts_NK: Tensor
+    """Chosen experts."""
+    expert_rms_E: Tensor | None = None
+    """RMS of each expert's clipped intermediate activation over its tokens (0 for an idle expert)."""
+    clipped: Tensor | None = None
+    """Share of routed activations that the clip changed."""
+
+
+@dataclass
+class Context:
+    """One forward pass. Without a cache, `segments_BT` separates packed documents (padding is -1)."""
+
+    positions_BT: Tensor
+    segments_BT: Tensor | None = None
+    cache: KeyValueCache | None = None
+    key_positions_BS: Tensor | None = None
+    """Positions of the cached keys; unwritten slots lie after every query, hence are never seen."""
+    routing: list[Routing] | None = None
+    """When a list, every MoE layer appends its record."""
+    _memo: dict[object, object] = field(default_factory=dict)
+
+    @classmethod
+    def packed(cls, tokens_BT: Tensor, segments_BT: Tensor | None = None, *, record: bool = False) -> Context:
+        """Return the context of a whole sequence per row, positions counted from the start of the row."""
+        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
+        if segments_BT is None:
+            segments_BT = torch.zeros_like(tokens_BT)
+        return cls(positions, segments_BT, routing=[] if record else None)
+
+    def rope(self, layer: LayerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the layer's rotary cos and sin, computed once per kind of layer."""
+        key = ("rope", layer.rope_theta, layer.rotary_dim, layer.rope_scaling, dtype)
+        if key not in self._memo:
+            self._memo[key] = rope_table(layer, self.positions_BT, dtype)
+        return self._memo[key]
+
+    def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        """Attend under this pass's visibility rules; returns (B, T, H, C)."""
+        if self.cache is not None:
+            k, v = self.cache.extend(layer.index, k_BTKC, v_BTKC)
+            return kernels.attend(q_BTHC, k, v, self._mask("cached", layer.window))
+        if layer.window is not None and q_BTHC.shape[1] > 2 * layer.window:
+            mask = self._mask("banded", layer.window)
+            return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
+        return kernels.attend(q_BTHC, k_BTKC, v_BTKC, self._mask("packed", layer.window))
+
+    def _mask(self, form: str, window: int | None) -> Tensor:
+        key = (form, window)
+        if key not in self._memo:
+            self._memo[key] = self._build_mask(form, window)
+        return self._memo[key]
+
+    def _build_mask(self, form: str, window: int | None) -> Tensor:
+        if form == "cached":
+            return kernels.visible(self.positions_BT, self.key_positions_BS, window)
+        if form == "banded":
+            return kernels.band_mask(self.positions_BT, self.segments_BT, window)
+        seen = kernels.visible(self.positions_BT, self.positions_BT, window)
+        return seen & kernels.same_document(self.segments_BT, self.segments_BT)

@@ -1,0 +1,70 @@
+"""Supervised fine-tuning: conversations, packed without crossing borders, loss on assistant tokens only (section 6)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from step35.api.messages import Message, ToolSchema
+from step35.config.train import TrainConfig
+from step35.data import chat
+from step35.data.loader import PackedLoader
+from step35.data.packing import pack_conversations
+from step35.data.tokenizer import Tokenizer
+from step35.errors import DataError
+from step35.model.step35 import Step35
+from step35.runtime.console import Console
+from step35.runtime.disk import write_text
+from step35.runtime.rundir import RunDir
+from step35.train.trainer import train
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One training sample."""
+
+    messages: list[Message]
+    tools: list[ToolSchema]
+
+
+def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+    """Write JSON lines {"messages": [...], "tools": [...]}, whole or not at all."""
+    lines = [json.dumps({"messages": c.messages, "tools": c.tools}, ensure_ascii=False) for c in conversations]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversation]:
+    """Read JSON lines of conversations; a bad line is named, counted and skipped."""
+    found, bad = [], 0
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                found.append(Conversation(record["messages"], record.get("tools") or []))
+            except (ValueError, KeyError, TypeError) as error:
+                bad += 1
+                warn(f"{path}, line {number}: skipped ({type(error).__name__}: {error}): {line[:60]!r}")
+    if not found:
+        raise DataError(f"{path} holds no conversation ({bad} bad lines); each line needs a 'messages' list.")
+    return found
+
+
+def fine_tune(
+    model: Step35,
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    run: RunDir,
+    console: Console,
+    *,
+    name: str = "sft",
+) -> Step35:
+    """Train `model` in place on `conversations`."""
+    samples = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
+    rows, left_out = pack_conversations(samples, config.context, tokenizer.pad_id)
+    if left_out:
+        console.warn(f"{left_out} of {len(samples)} conversations are longer than context={config.context}: left out")
+    loader = PackedLoader(rows, config.batch_rows, config.seed)
+    return train(model, loader, config, run, console, name=name)

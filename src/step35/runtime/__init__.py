@@ -1,0 +1,1 @@
+"""The machine below the mathematics: errors, run directories, checkpoints, metrics, console."""

@@ -1,0 +1,72 @@
+"""Writing files so that a kill or a full disk leaves whole files only.
+
+Every writer of the run directory goes through here. A file is written beside its place, flushed to the disk
+and moved over the old one, so a reader sees the old or the new content and never a half of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from step35.errors import DiskFullError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" below this block into `DiskFullError` naming `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_disk_full(error):
+            raise
+        free_mb = free_bytes(path) / 1e6
+        raise DiskFullError(
+            f"No space left to write {path} ({free_mb:,.1f} MB free). What was written before is intact: "
+            "free some space, or choose another --out, and run the same command again."
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    # torch.save hides the OSError behind a RuntimeError of its zip writer, so the whole chain is searched.
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system that holds `path`, which need not exist yet."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the directory entries, so that a rename inside `path` survives a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of `path` in one step. Raises `DiskFullError`."""
+    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with disk_errors(path):
+            with open(draft, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+            sync_directory(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)

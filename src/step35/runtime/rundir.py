@@ -1,0 +1,100 @@
+"""The run directory: the same files for every verb, written whole or not at all.
+
+`config.json` (the settings, itself a valid input), `env.json`, `metrics.jsonl` (the truth), `events.jsonl`,
+`console.log`, `checkpoints/step_N/`, `rollouts/step_N.jsonl`, `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from step35.errors import ConfigError
+from step35.runtime.disk import disk_errors, write_text
+from step35.runtime.machine import environment
+from step35.runtime.metrics import EventsLog, MetricsLog
+
+ABSENT = "(absent)"
+
+
+class RunDir:
+    """One run on disk. Creating the object creates the folder."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def metrics(self) -> MetricsLog:
+        """The log of measured values, one record a step."""
+        return MetricsLog(self.path / "metrics.jsonl")
+
+    @cached_property
+    def events(self) -> EventsLog:
+        """The log of what happened: starts, resumes, warnings."""
+        return EventsLog(self.path / "events.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, made on first use by `checkpoint.save`."""
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        """The folder of rollouts, created here."""
+        folder = self.path / "rollouts"
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def write_json(self, name: str, obj: Any) -> Path:
+        """Write `obj` as `name` in one step. Raises `DiskFullError`."""
+        path = self.path / name
+        write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+        return path
+
+    def write_config(self, config: dict[str, Any]) -> Path:
+        """Write the resolved settings."""
+        return self.write_json("config.json", config)
+
+    def write_env(self) -> Path:
+        """Write versions, hardware and commit."""
+        return self.write_json("env.json", environment())
+
+    def check_config(self, config: dict[str, Any], *, ignore: Collection[str] = ()) -> None:
+        """Raise `ConfigError` if the folder holds a run with other settings than `config`.
+
+        `ignore` names dotted keys that may change between resumes, such as "steps".
+        """
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            old = dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); delete {self.path} to start anew.") from None
+        new = dict(_flatten(json.loads(json.dumps(config))))  # through JSON, so that tuples compare as lists
+        lines = [
+            f"  {key}: {old.get(key, ABSENT)!r} in the folder, {new.get(key, ABSENT)!r} now"
+            for key in sorted(old.keys() | new.keys())
+            if key not in ignore and old.get(key, ABSENT) != new.get(key, ABSENT)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{self.path} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+                "Use the old settings to resume it, another --out for a run of its own, "
+                "or --fresh (or delete the folder) to start anew."
+            )
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, leaf) for each leaf of nested dictionaries; lists and empty ones are leaves."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

@@ -1,0 +1,70 @@
+"""Who gets which optimiser: Muon for hidden matrices, AdamW for embeddings, heads, norms, gates and the router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from step35.config.model import ModelConfig
+from step35.config.train import MuonConfig, TrainConfig
+from step35.model.layout import layout
+from step35.train.muon import Matrices, Muon
+
+ADAMW_NAMES = ("embed_tokens.", "head.", "gate_proj.", "router.")
+"""Names (parts of them) of the matrices that AdamW updates."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One parameter's optimiser; `sizes` are the packed matrices along `dim` for Muon."""
+
+    name: str
+    optimiser: str
+    sizes: tuple[int, ...] = ()
+    dim: int = 0
+    decays: bool = True
+
+
+def assign(config: ModelConfig, named: Mapping[str, Tensor], kind: str) -> list[Assignment]:
+    """Return the table of parameters and optimisers that `--dry-run` prints."""
+    parts = layout(config)
+    table = []
+    for name, parameter in named.items():
+        matrix = parameter.ndim >= 2 and not any(mark in name for mark in ADAMW_NAMES)
+        if kind == "muon" and matrix:
+            packed = parts[name]
+            dim = packed[0].dim
+            table.append(Assignment(name, "muon", tuple(part.length for part in packed), dim))
+        else:
+            table.append(Assignment(name, "adamw", decays=parameter.ndim >= 2))
+    return table
+
+
+def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return [Muon, AdamW] or [AdamW] over the parameters that require a gradient."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    table = assign(config, named, train.optim.kind)
+    optimisers: list[torch.optim.Optimizer] = []
+    if isinstance(train.optim, MuonConfig):
+        matrices = [Matrices(named[a.name], a.dim, a.sizes) for a in table if a.optimiser == "muon"]
+        dtype = getattr(torch, train.optim.iteration_dtype)
+        optimisers.append(
+            Muon(
+                matrices,
+                lr=train.lr,
+                momentum=train.optim.momentum,
+                weight_decay=train.weight_decay,
+                steps=train.optim.steps,
+                dtype=dtype,
+            )
+        )
+    adamw = [a for a in table if a.optimiser == "adamw"]
+    groups = [
+        {"params": [named[a.name] for a in adamw if a.decays], "weight_decay": train.weight_decay},
+        {"params": [named[a.name] for a in adamw if not a.decays], "weight_decay": 0.0},
+    ]
+    optimisers.append(torch.optim.AdamW(groups, lr=train.lr, betas=train.optim.adamw_betas, fused=True))
+    return optimisers

@@ -1,0 +1,80 @@
+"""Next-token and multi-token cross-entropy over packed rows.
+
+The head and its softmax are computed in chunks, forward and gradient together, so that logits (N, V) never exist
+at once: with a large vocabulary they would be the largest tensor of the step.
+"""
+
+# N scored positions  D model  V vocab  B rows  T tokens  M MTP modules
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**21
+"""Logits computed at once: 8 MB in fp32, about what a core's cache holds."""
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over N of -log softmax(h W^T)[target], with both gradients computed during the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        """Return the summed loss in fp32."""
+        weight = weight_VD.to(h_ND.dtype)
+        grad_h = torch.empty_like(h_ND)
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        total = h_ND.new_zeros((), dtype=torch.float32)
+        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        for start in range(0, len(h_ND), rows):
+            h, target = h_ND[start : start + rows], targets_N[start : start + rows, None]
+            log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
+            total -= log_p.gather(1, target).sum()
+            grad = log_p.exp_()
+            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.to(h.dtype)
+            grad_h[start : start + rows] = grad @ weight
+            grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_h, grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """Scale the stored gradients."""
+        grad_h, grad_weight = ctx.saved_tensors
+        return grad_h * grad_total.to(grad_h.dtype), grad_weight * grad_total, None
+
+
+def summed_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the summed loss in nats; 0 (with a gradient of 0) when there is nothing to score."""
+    return ChunkedCrossEntropy.apply(h_ND, weight_VD, targets_N)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def scored(segments_BT: Tensor, is_target_BT: Tensor, ahead: int) -> Tensor:
+    """Return (B, T) bool: row t may predict token t+ahead, which is a target of the same document."""
+    same = (segments_BT[:, :-ahead] == segments_BT[:, ahead:]) & (segments_BT[:, ahead:] >= 0)
+    return F.pad(same & is_target_BT[:, ahead:], (0, ahead))
+
+
+def prediction_loss(
+    h_BTD: Tensor,
+    weight_VD: Tensor,
+    tokens_BT: Tensor,
+    segments_BT: Tensor,
+    is_target_BT: Tensor,
+    *,
+    ahead: int = 1,
+) -> Tensor:
+    """Return the summed loss of predicting token t+ahead from (normed) row t, over the rows that `scored` names."""
+    mask = scored(segments_BT, is_target_BT, ahead)
+    targets = F.pad(tokens_BT[:, ahead:], (0, ahead))[mask]
+    return summed_cross_entropy(h_BTD[mask], weight_VD, targets)
+
+
+def mtp_weights(total: float, decay: float, modules: int) -> list[float]:
+    """Share `total` among the modules in proportion to decay^k, so that distant tokens are not over-optimised."""
+    shares = [decay**k for k in range(modules)]
+    return [total * share / sum(shares) for share in shares]

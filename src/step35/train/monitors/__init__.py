@@ -1,0 +1,1 @@
+"""Numbers about training health, each with its formula."""

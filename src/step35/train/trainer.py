@@ -1,0 +1,103 @@
+"""The training loop: resume, update, log, validate, checkpoint. Pre-training and SFT are the same loop.
+
+Everything random is a function of (seed, step), so a run resumed from a checkpoint continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from step35.config.train import TrainConfig
+from step35.data.packing import Batch
+from step35.model.step35 import Step35
+from step35.runtime import checkpoint
+from step35.runtime.console import Console
+from step35.runtime.rundir import RunDir
+from step35.train.step import Learner
+
+
+class Loader(Protocol):
+    """Batches as a pure function of the step number."""
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of update `step`."""
+        ...
+
+
+def train(
+    model: Step35,
+    loader: Loader,
+    config: TrainConfig,
+    run: RunDir,
+    console: Console,
+    *,
+    name: str,
+    validate: Callable[[], float] | None = None,
+) -> Step35:
+    """Train `model` in place to `config.steps`, resuming from the run's newest checkpoint.
+
+    Ctrl-C saves the state before `KeyboardInterrupt` goes on its way.
+    """
+    learner = Learner(model, config)
+    first = resume(learner, run, console)
+    with console.stage(name, config.steps, "step", done=first) as stage, interruptible() as interrupted:
+        for step in range(first, config.steps):
+            started = time.perf_counter()
+            metrics = learner.update(loader.batch(step), step)
+            done = step + 1
+            rate = config.batch_tokens / (time.perf_counter() - started)
+            if validate and (done % config.validate_every == 0 or done == config.steps):
+                metrics["val_loss"] = validate()
+            if done % config.monitor_every == 0 or done == config.steps:
+                metrics.update(learner.panels())
+            run.metrics.log(done, tokens=done * config.batch_tokens, tokens_per_s=rate, **metrics)
+            if done % config.checkpoint_every == 0 or done == config.steps or interrupted():
+                checkpoint.save(run.checkpoints, done, {"step": done, **learner.state_dict()})
+            if interrupted():
+                run.events.event("interrupted", step=done)
+                raise KeyboardInterrupt
+            stage.advance(1, f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s")
+    return model
+
+
+def resume(learner: Any, run: RunDir, console: Console) -> int:
+    """Load the newest readable checkpoint into `learner`; return the number of steps already done."""
+    restored = checkpoint.latest_state(run.checkpoints)
+    done = 0
+    if restored:
+        for reason in restored.skipped:
+            console.warn(reason)
+            run.events.event("checkpoint_skipped", reason=reason)
+        learner.load_state_dict(restored.state)
+        done = restored.state["step"]
+        run.events.event("resumed", step=done)
+    run.metrics.truncate_after(done)
+    return done
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C until the step is done; the yielded function says whether it came.
+
+    A second Ctrl-C interrupts at once. Outside the main thread signals cannot be handled and stay as they are.
+    """
+    came = False
+
+    def hold(signum: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = signal.signal(signal.SIGINT, hold)
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
