@@ -63,15 +63,14 @@ def test_documents_hold_training_operands_and_no_chat_format() -> None:
     for index in range(300):
         text = document(index, seed=0)
         assert text == document(index, seed=0)
-        assert 8 <= text.count("\n") <= 20
+        assert 10 <= text.count("\n") <= 25
         assert "<|" not in text
         assert "<tool" not in text
         expressions = re.findall(r"\d+ (?:[-+*%]|//) \(?\d+(?: [-+*] \d+)?", text)
         assert not any(held_out(n) for expression in expressions for n in operands(expression))
-        for expression, result in re.findall(r"^>>> (.*)\n(.*)$", text, re.MULTILINE):
-            assert str(eval(expression)) == result
-        for name, value, body, result in re.findall(r"^(\w) = (\d+); (.*) is (-?\d+)$", text, re.MULTILINE):
-            assert eval(body, {name: int(value)}) == int(result)
-        starts.add(re.sub(r"\d+", "N", text)[:4])
+        for expression in re.findall(r"^(?:>>> |calculator\()(.*?)\)?$", text, re.MULTILINE):
+            assert text.count(expression) >= 2, "every expression is there to be copied"
+            assert str(eval(expression + ")" * (expression.count("(") - expression.count(")")))) in text
+        starts.add(re.sub(r"[\d().?]+", "", text).split("\n")[0])
     assert len(starts) > 10
     assert document(0, seed=0) != document(0, seed=1)

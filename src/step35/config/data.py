@@ -14,7 +14,7 @@ class PrepareConfig(Config):
     """Tokens in the vocabulary, special tokens included."""
     corpus_chars: int = Field(default=12_000_000, ge=10_000)
     """Characters of real text to collect: code, docstrings and the files in `extra`."""
-    arithmetic_share: float = Field(default=0.3, ge=0.0, le=0.9)
+    arithmetic_share: float = Field(default=0.4, ge=0.0, le=0.9)
     """Share of all tokens that are procedural arithmetic documents."""
     val_tokens: int = Field(default=65_536, ge=256)
     """Tokens to hold back for validation (at most a tenth of the corpus), in the corpus' own mixture."""

@@ -117,67 +117,21 @@ def _nested_problem(draw: random.Random, split: Split) -> Problem:
 
 
 def document(index: int, *, seed: int) -> str:
-    """Return pre-training text number `index`: about a dozen lines in mixed layouts, training operands only.
+    """Return pre-training text number `index`: a few problems in one layout, training operands only.
 
-    It teaches copying numbers and mapping questions to expressions, and is not in the chat format.
+    Every question is followed by its expression twice and its answer twice. Most digits of such a text can be
+    copied and are not random, which is what makes a small model learn to copy: in texts that state each number
+    once, the loss of digits that nobody can predict drowns the signal.
     """
     draw = random.Random(f"document/{seed}/{index}")
-    layouts = draw.sample(_LAYOUTS, 3)
-    return "\n\n".join("\n".join(layout(draw)) for layout in layouts) + "\n"
+    layout = draw.choice(_LAYOUTS)
+    return "\n".join(layout.format(p=draw_problem(draw, "train")) for _ in range(5)) + "\n"
 
 
-def _problems(draw: random.Random, count: int) -> list[Problem]:
-    return [draw_problem(draw, "train") for _ in range(count)]
-
-
-def _session(draw: random.Random) -> list[str]:
-    """A Python prompt session."""
-    return [line for p in _problems(draw, 3) for line in (f">>> {p.expression}", p.answer)]
-
-
-def _labelled(draw: random.Random) -> list[str]:
-    """Question, expression and result on lines of their own, under varying labels."""
-    labels = draw.choice(
-        (("Question", "Expression", "Result"), ("Q", "E", "A"), ("ask", "compute", "get"), ("#", "=", ">"))
-    )
-    rows = [(p.question, p.expression, p.answer) for p in _problems(draw, 2)]
-    return [f"{label}: {value}" for row in rows for label, value in zip(labels, row, strict=True)]
-
-
-def _inline(draw: random.Random) -> list[str]:
-    """Question, expression and result on one line."""
-    layout = draw.choice(
-        (
-            "{p.question} -> {p.expression} = {p.answer}",
-            "{p.question} | {p.expression} | {p.answer}",
-            '"{p.question}" means {p.expression}, which is {p.answer}.',
-            "calculator({p.expression}) gives {p.answer}  # {p.question}",
-        )
-    )
-    return [layout.format(p=p) for p in _problems(draw, 4)]
-
-
-def _mapping(draw: random.Random) -> list[str]:
-    """Question to expression only: what a tool call needs."""
-    layout = draw.choice(("{p.question} => {p.expression}", "{p.expression}  <=  {p.question}"))
-    return [layout.format(p=p) for p in _problems(draw, 4)]
-
-
-def _assignments(draw: random.Random) -> list[str]:
-    """Values that are named and used again."""
-    lines = []
-    for _ in range(4):
-        name, symbol = draw.choice("abcmnxyz"), draw.choice("+-*")
-        a, b = draw_operand(draw, "train"), draw_operand(draw, "train")
-        lines.append(f"{name} = {a}; {name} {symbol} {b} is {_OPERATIONS[symbol](a, b)}")
-    return lines
-
-
-def _copies(draw: random.Random) -> list[str]:
-    """Numbers repeated after a separator."""
-    separator = draw.choice((" : ", " -> ", " | ", " again "))
-    rows = [" ".join(str(draw_operand(draw, "train")) for _ in range(draw.choice((1, 2, 2, 3)))) for _ in range(4)]
-    return [f"{row}{separator}{row}" for row in rows]
-
-
-_LAYOUTS = (_session, _labelled, _inline, _mapping, _assignments, _copies)
+_LAYOUTS = (
+    "{p.question} => {p.expression} => {p.expression}\n= {p.answer} => {p.answer}",
+    "{p.question} | {p.expression} | {p.expression}\n= {p.answer} | {p.answer}",
+    "{p.question} -> {p.expression} -> {p.expression}\n= {p.answer} -> {p.answer}",
+    "Q: {p.question}\nE: {p.expression}\n>>> {p.expression}\n{p.answer}\nA: {p.answer}",
+    "{p.question}\ncalculator({p.expression})\n{p.expression}\n= {p.answer}\n{p.answer}",
+)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from step35.config.model import LayerConfig
 from step35.model.context import Context
 from step35.model.linear import Linear
-from step35.model.norm import RMSNorm
+from step35.model.norm import RMSNorm, rms_norm
 from step35.model.rope import rotate
 
 
@@ -24,23 +24,20 @@ class Attention(nn.Module):
     def __init__(self, layer: LayerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.layer = layer
-        self.rows = [
-            layer.heads * layer.head_dim,
-            layer.kv_heads * layer.head_dim,
-            layer.kv_heads * layer.head_dim,
-        ]
-        self.qkv_proj = Linear(hidden_size, sum(self.rows))
+        self.qkv_proj = Linear(hidden_size, (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
         self.gate_proj = Linear(hidden_size, layer.heads)
         self.o_proj = Linear(layer.heads * layer.head_dim, hidden_size)
         self.q_norm = RMSNorm(layer.head_dim, eps)
         self.k_norm = RMSNorm(layer.head_dim, eps)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.layer.head_dim)) for part in self.qkv_proj(x_BTD).split(self.rows, dim=-1)
-        )
-        cos, sin = context.rope(self.layer, x_BTD.dtype)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y_BTHC = context.attend(self.layer, q, k, v)
+        layer = self.layer
+        heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, layer.head_dim))
+        qk, v = heads.split([layer.heads + layer.kv_heads, layer.kv_heads], dim=-2)
+        # Query and key heads are normed and rotated as one tensor: half the small operations of doing it twice.
+        rows = [self.q_norm.weight.expand(layer.heads, -1), self.k_norm.weight.expand(layer.kv_heads, -1)]
+        qk = rotate(rms_norm(qk, torch.cat(rows), self.q_norm.eps), *context.rope(layer, x_BTD.dtype))
+        q, k = qk.split([layer.heads, layer.kv_heads], dim=-2)
+        y_BTHC = context.attend(layer, q, k, v)
         gate_BTH = torch.sigmoid(self.gate_proj(x_BTD))
         return self.o_proj((y_BTHC * gate_BTH[..., None]).flatten(-2))

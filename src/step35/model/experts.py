@@ -1,17 +1,22 @@
-"""The routed experts: one sort and two grouped products for many tokens, a gather for a few, and a plain reference.
+"""The routed experts: grouped products for many tokens, two ways for the few of a decode step, a plain reference.
 
-All three compute sum_k weight_k * down_{e_k}(swiglu(gate_up_{e_k}(x))); tests hold them to each other.
+All compute sum_k weight_k * down_{e_k}(swiglu(gate_up_{e_k}(x))); tests hold them to each other.
 """
 
 # N tokens  D model  I expert hidden  E experts  K chosen  R = N*K routed rows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step35.model.mlp import swiglu
+
+FEW_TOKENS = 16
+"""Up to this many tokens, sorting them by expert costs more than it saves."""
 
 
 class Experts(nn.Module):
@@ -25,8 +30,12 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs (N, D)."""
-        few = chosen_NK.numel() <= len(self.down_proj) and not torch.is_grad_enabled()
-        path = self.gathered if few else self.grouped
+        if torch.is_grad_enabled() or len(x_ND) > FEW_TOKENS:
+            path = self.grouped
+        elif 3 * chosen_NK.numel() >= len(self.down_proj):
+            path = self.dense
+        else:
+            path = self.gathered
         return path(x_ND, weights_NK, chosen_NK)
 
     def grouped(
@@ -35,17 +44,25 @@ class Experts(nn.Module):
         """Sort the rows by expert once, so that each expert's tokens are one block of a grouped product."""
         experts, top_k = len(self.down_proj), chosen_NK.shape[1]
         order_R = chosen_NK.flatten().argsort(stable=True)
+        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_ND.device))
         counts_E = torch.bincount(chosen_NK.flatten(), minlength=experts)
         ends_E = counts_E.cumsum(0).int()
-        rows_RD = x_ND[order_R // top_k]
+        rows_RD = Permutation.apply(x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1), order_R, place_R)
         hidden = _grouped_product(rows_RD, self.gate_up_proj, ends_E)
         active = swiglu(hidden, self.clip)
         if statistics is not None:
             statistics.update(_statistics(hidden.detach(), active.detach(), counts_E, self.clip))
         out_RD = _grouped_product(active, self.down_proj, ends_E)
-        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_ND.device))
-        out_NKD = out_RD[place_R].unflatten(0, chosen_NK.shape)
+        out_NKD = Permutation.apply(out_RD, place_R, order_R).unflatten(0, chosen_NK.shape)
         return torch.einsum("nkd,nk->nd", out_NKD, weights_NK.to(x_ND.dtype))
+
+    def dense(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        """Run every expert and weigh the idle ones by 0: reads each matrix once, where `gathered` copies it first."""
+        experts, width = self.gate_up_proj.shape[:2]
+        hidden = F.linear(x_ND, self.gate_up_proj.to(x_ND.dtype).flatten(0, 1)).unflatten(1, (experts, width))
+        weights_NE = x_ND.new_zeros(len(x_ND), experts).scatter_(1, chosen_NK, weights_NK.to(x_ND.dtype))
+        active = swiglu(hidden, self.clip) * weights_NE[..., None]
+        return torch.bmm(active.transpose(0, 1), self.down_proj.to(x_ND.dtype).mT).sum(0)
 
     def gathered(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """Fetch just the chosen experts' matrices: less work than sorting when decoding a few tokens."""
@@ -63,6 +80,20 @@ class Experts(nn.Module):
             out = F.linear(active, self.down_proj[expert].to(x_ND.dtype))
             out_ND = out_ND.index_add(0, token, out * weights_NK[token, slot, None].to(x_ND.dtype))
         return out_ND
+
+
+class Permutation(torch.autograd.Function):
+    """rows[order], whose gradient is gathered by the inverse order: indexing would scatter-add it, far slower."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 def _grouped_product(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:

@@ -16,5 +16,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), scale.shape, scale, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm the last dimension of x (..., H, C) or (..., C); `weight` is (C,), or (H, C) with one row a head."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], None, eps)
+    return (normed * (1.0 + weight.float())).to(x.dtype)

@@ -1,0 +1,73 @@
+"""A conversation shown as it is generated: reasoning dim, calls and results marked, control tokens hidden."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from step35.agents.loop import respond
+from step35.agents.tools.calculator import Calculator
+from step35.api.messages import Message
+from step35.api.sampling import SamplingParams
+from step35.data import chat
+from step35.data.tokenizer import StreamDecoder
+from step35.engine.llm import LLM
+
+if TYPE_CHECKING:
+    from step35.cli.chat import Args
+
+REASONING, CALL, RESULT = "dim italic", "cyan", "green"
+
+
+class Conversation:
+    """The model, the messages so far, and the screen."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.llm = LLM(args.path, dtype=args.dtype)
+        calculator = Calculator()
+        self.tools = {calculator.name: calculator} if args.tools else {}
+        self.screen = Console(highlight=False)
+        self.messages: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [Message(role="system", content=self.args.system)] if self.args.system else []
+
+    def ask(self, question: str) -> None:
+        """Answer one user message, running tools on the way."""
+        self.messages.append(Message(role="user", content=question))
+        for message in respond(self._turn, self.messages, self.tools):
+            if message["role"] == "tool":
+                self.screen.print(Text(f"= {message['content']}", style=RESULT))
+
+    def _turn(self, messages: list[Message]) -> Message:
+        """Generate one assistant turn, printing it token by token."""
+        schemas = [tool.schema for tool in self.tools.values()]
+        prompt = chat.encode_prompt(self.llm.tokenizer, messages, schemas)
+        params = SamplingParams(
+            max_tokens=self.args.max_tokens,
+            temperature=self.args.temperature,
+            seed=self.args.seed,
+            speculate=len(self.llm.model.mtp),
+        )
+        decoder, style, text = StreamDecoder(self.llm.tokenizer), REASONING, ""
+        for new in self.llm.stream_ids(prompt, params):
+            for token in new:
+                piece = decoder.push(token)
+                text += piece
+                style = self._show(piece, style)
+        text += decoder.flush()
+        self.screen.print()
+        return chat.parse(text, schemas)
+
+    def _show(self, piece: str, style: str) -> str:
+        """Print one token's text and return the style of what follows it."""
+        if piece == "<tool_call>":
+            style = CALL
+        visible = "" if piece in ("</think>", "<|im_end|>") else piece
+        self.screen.print(Text(visible, style=style), end="")
+        return "" if piece in ("</think>", "</tool_call>") else style

@@ -1,0 +1,48 @@
+"""Measure a checkpoint on held-out calculator problems: pass@1 with 95% intervals, MTP acceptance, decode speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from step35.cli.shipped import SHIPPED
+from step35.config.post import EvalConfig
+
+
+class Args(EvalConfig):
+    """What to measure."""
+
+    path: tyro.conf.Positional[Path] = SHIPPED
+    """Checkpoint folder in the released layout."""
+    out: Path = Path("runs/eval")
+    """Run directory; results are in its eval.json."""
+
+
+def main(args: Args) -> int:
+    """Measure and print a table."""
+    from step35.cli.evaluation import evaluate
+    from step35.runtime.console import Console
+    from step35.runtime.device import set_threads
+    from step35.runtime.rundir import RunDir
+
+    set_threads()
+    run = RunDir(args.out)
+    run.write_env()
+    console = Console(run.path / "console.log")
+    config = EvalConfig.model_validate(args.model_dump(exclude={"path", "out"}))
+    name = str(args.path.resolve())
+    found = evaluate(run, {name: args.path}, config, console)
+    rows = [
+        (f"pass@1, {r['mode']}", f"{r['accuracy']:.1%}", f"{r['low']:.1%} to {r['high']:.1%}")
+        for r in found["accuracy"]
+        if r["model"] == name
+    ]
+    rows.append(("MTP acceptance by depth", ", ".join(f"{rate:.2f}" for rate in found["accept_by_depth"][name]), ""))
+    speed = found["speed"]
+    rows.append(("decode tokens/s, plain", f"{speed['plain_tokens_per_s']:.0f}", ""))
+    rows.append(
+        ("decode tokens/s, speculative", f"{speed['speculative_tokens_per_s']:.0f}", f"{speed['speedup']:.2f}x")
+    )
+    console.table(str(args.path), ["figure", "value", "95% interval or ratio"], rows)
+    return 0

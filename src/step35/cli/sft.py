@@ -1,0 +1,37 @@
+"""Fine-tune a checkpoint on conversations, loss on assistant tokens only; MTP-2 and MTP-3 join in the last part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from step35.config.demo import DemoConfig
+from step35.config.post import SFTConfig
+
+DEFAULT = DemoConfig().sft
+
+
+class Args(SFTConfig):
+    """Settings of the run. The defaults of `--config` files apply; without one, the trainer's."""
+
+    out: Path = Path("runs/sft")
+    """Run directory; the finished model lies in its model/ folder."""
+    model: Path = Path("runs/train/model")
+    """Checkpoint to start from, in the released layout."""
+    conversations_file: Path | None = None
+    """JSON lines {"messages": [...], "tools": [...]}; without one, calculator demonstrations are synthesised."""
+
+
+def main(args: Args) -> int:
+    """Fine-tune to the last step."""
+    from step35.cli import stages
+    from step35.runtime.console import Console
+    from step35.runtime.device import set_threads
+    from step35.runtime.rundir import RunDir
+
+    set_threads()
+    run = RunDir(args.out)
+    console = Console(run.path / "console.log")
+    config = SFTConfig.model_validate(args.model_dump(exclude={"out", "model", "conversations_file"}))
+    stages.supervise(run, args.model, config, console, args.conversations_file)
+    console.print(f"model in {run.path / 'model'}")
+    return 0

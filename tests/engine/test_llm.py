@@ -1,0 +1,157 @@
+"""`LLM`: text in and out around the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from step35.agents.tools.calculator import Calculator
+from step35.api.sampler import Completion, Sampler
+from step35.api.sampling import SamplingParams
+from step35.data import chat
+from step35.data.tokenizer import Tokenizer, train_tokenizer
+from step35.engine.llm import LLM
+from step35.model.step35 import Step35
+from step35.model.weights import save_model
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the quick brown fox jumps over the lazy dog", "日本語 and émigré", "12 + 34 = 46"], 300)
+
+
+@pytest.fixture
+def llm(build_model: Callable[..., Step35], tokenizer: Tokenizer) -> LLM:
+    return LLM(model=build_model(0, tokenizer.vocab_size), tokenizer=tokenizer)
+
+
+def test_text_prompts_are_encoded_behind_the_bos_token(llm: LLM, tokenizer: Tokenizer) -> None:
+    sampler: Sampler = llm
+    by_text = llm.generate(["the quick", "fox"], GREEDY)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("the quick", "fox")]
+    assert by_text == sampler.generate(ids, GREEDY)
+    [alone] = llm.generate("the quick", GREEDY)
+    assert alone.token_ids == by_text[0].token_ids
+
+
+def test_completions_carry_their_text_without_special_tokens(
+    llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = (*tokenizer.encode("fox <tool_call>"), tokenizer.id_of("<|im_end|>"))
+    monkeypatch.setattr(llm.engine, "generate", lambda requests: [Completion(ids, (0.0,) * len(ids), "stop")])
+    [completion] = llm.generate("the", GREEDY)
+    assert completion.text == "fox <tool_call>"
+    assert completion.token_ids == ids
+
+
+def test_each_prompt_has_its_own_parameters(llm: LLM) -> None:
+    many = [replace(GREEDY, max_tokens=n, ignore_eos=True) for n in (2, 5)]
+    assert [len(c.token_ids) for c in llm.generate(["the", "fox"], many)] == [2, 5]
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_streaming_gives_the_text_of_generate(llm: LLM, tokenizer: Tokenizer, seed: int, speculate: int) -> None:
+    # Hot sampling of a random model: bytes that are no characters, halves of characters, special tokens.
+    params = SamplingParams(max_tokens=60, temperature=3.0, seed=seed, ignore_eos=True, speculate=speculate)
+    [completion] = llm.generate("the quick", params)
+    pieces = list(llm.stream("the quick", params))
+    assert "".join(pieces) == tokenizer.decode(completion.token_ids)
+    assert "" not in pieces
+    assert len(pieces) > 5
+    assert [t for new in llm.stream_ids("the quick", params) for t in new] == list(completion.token_ids)
+
+
+def test_a_character_is_never_streamed_in_halves(
+    llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("é🙂x")
+    assert len(ids) > 3
+    monkeypatch.setattr(llm, "stream_ids", lambda prompt, params=None: iter([[token] for token in ids]))
+    assert list(llm.stream("", GREEDY)) == ["é", "🙂", "x"]
+
+
+def test_chat_renders_the_messages_and_parses_the_answer(
+    llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = (
+        "Compute it.\n</think>\n<tool_call>\n<function=calculator>\n<parameter=expression>\n2 * 3\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>"
+    )
+    prompts: list[list[int]] = []
+
+    def generate(requests: Sequence[Any]) -> list[Completion]:
+        prompts.extend(request.prompt for request in requests)
+        ids = tuple(tokenizer.encode(written))
+        return [Completion(ids, (0.0,) * len(ids), "stop")]
+
+    monkeypatch.setattr(llm.engine, "generate", generate)
+    question, tools = [{"role": "user", "content": "What is 2 * 3?"}], [Calculator.schema]
+    message = llm.chat(question, tools)
+    assert message["role"] == "assistant"
+    assert message["reasoning_content"] == "Compute it."
+    assert message["content"] == ""
+    assert message["tool_calls"][0]["function"] == {"name": "calculator", "arguments": {"expression": "2 * 3"}}
+    assert prompts == [chat.encode_prompt(tokenizer, question, tools)]
+
+
+def test_chat_passes_the_sampling_parameters_on(llm: LLM, tokenizer: Tokenizer) -> None:
+    question = [{"role": "user", "content": "the"}]
+    params = SamplingParams(max_tokens=9, seed=5)
+    [completion] = llm.generate([chat.encode_prompt(tokenizer, question)], params)
+    assert llm.chat(question, params=params) == chat.parse(tokenizer.decode(completion.token_ids))
+
+
+def test_scores_are_the_log_softmax_of_the_logits(llm: LLM) -> None:
+    sequences = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21]]
+    for ids, scores in zip(sequences, llm.score(sequences), strict=True):
+        with torch.no_grad():
+            logprobs = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert scores == pytest.approx([float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)], abs=1e-5)
+
+
+def test_scores_agree_with_the_logprobs_of_generation(llm: LLM) -> None:
+    prompt = [5, 6, 7]
+    [completion] = llm.generate([prompt], SamplingParams(max_tokens=20, seed=2, ignore_eos=True))
+    [scores] = llm.score([[*prompt, *completion.token_ids]])
+    assert scores[len(prompt) - 1 :] == pytest.approx(completion.logprobs, abs=1e-4)
+
+
+def test_new_weights_change_version_and_output(llm: LLM, build_model: Callable[..., Step35]) -> None:
+    params = replace(GREEDY, ignore_eos=True)
+    [before] = llm.generate(["the quick"], params)
+    other = build_model(1, llm.tokenizer.vocab_size)
+    llm.update_weights(other.state_dict(), 4)
+    [after] = llm.generate(["the quick"], params)
+    [expected] = LLM(model=other, tokenizer=llm.tokenizer).generate(["the quick"], params)
+    assert (before.version, after.version) == (0, 4)
+    assert after.token_ids == expected.token_ids != before.token_ids
+
+
+def test_updated_weights_are_a_copy(llm: LLM, build_model: Callable[..., Step35]) -> None:
+    actor = build_model(1, llm.tokenizer.vocab_size)
+    llm.update_weights(actor.state_dict(), 1)
+    before = llm.score([[5, 6, 7]])
+    with torch.no_grad():
+        actor.lm_head.weight.zero_()  # training goes on while the sampler keeps its version
+    assert llm.score([[5, 6, 7]]) == before
+
+
+def test_a_checkpoint_folder_gives_the_same_model(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model(llm.model, tmp_path)
+    tokenizer.save(tmp_path)
+    loaded = LLM(tmp_path)
+    assert loaded.engine.eos_ids == llm.engine.eos_ids
+    assert loaded.generate("the quick", GREEDY) == llm.generate("the quick", GREEDY)
+
+
+def test_a_model_without_a_tokenizer_is_refused(model: Step35) -> None:
+    with pytest.raises(ValueError, match="tokenizer="):
+        LLM(model=model)

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from step35.config.model import LayerConfig
+from step35.model import attention_kernels as kernels
+from step35.model.attention import Attention
+from step35.model.context import Context
+from step35.model.rope import inverse_frequencies, rope_table, rotate
+from step35.model.step35 import Step35
+
+Make = Callable[..., Step35]
+FULL, SLIDING = 0, 1
+"""A layer of each kind."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Everything once more, one number at a time.
+
+
+def frequencies(layer: LayerConfig) -> list[float]:
+    """Return each pair's frequency, scaled by the case distinction over its wavelength."""
+    result = []
+    for j in range(layer.rotary_dim // 2):
+        frequency = layer.rope_theta ** (-2 * j / layer.rotary_dim)
+        if layer.rope_scaling:
+            frequency = scaled(frequency, layer.rope_scaling)
+        result.append(frequency)
+    return result
+
+
+def scaled(frequency, scaling):
+    wavelength, context = 2 * math.pi / frequency, scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / scaling.factor
+    share = (context / wavelength - low) / (high - low)
+    return (1 - share) * frequency / scaling.factor + share * frequency
+
+
+def turned(vector: Tensor, position: int, layer: LayerConfig) -> Tensor:
+    """Turn channels j and j + r/2 as one complex number."""
+    result = vector.clone()
+    half = layer.rotary_dim // 2
+    for j, frequency in enumerate(frequencies(layer)):
+        number = complex(vector[j], vector[j + half]) * cmath.exp(1j * position * frequency)
+        result[j], result[j + half] = number.real, number.imag
+    return result
+
+
+def normed(vector: Tensor, weight: Tensor) -> Tensor:
+    return vector / (vector.square().mean() + 1e-5).sqrt() * (1 + weight)
+
+
+def by_hand(attention: Attention, x_TD: Tensor) -> Tensor:
+    """Attention head by head, query by query, key by key."""
+    layer, size = attention.layer, attention.layer.head_dim
+    rows = attention.qkv_proj.weight.split(size)
+    keys, values = rows[layer.heads : layer.heads + layer.kv_heads], rows[layer.heads + layer.kv_heads :]
+    outputs = []
+    for t, x in enumerate(x_TD):
+        heads = []
+        for h in range(layer.heads):
+            group = h // (layer.heads // layer.kv_heads)
+            query = turned(normed(rows[h] @ x, attention.q_norm.weight), t, layer)
+            seen = [s for s in range(t + 1) if layer.window is None or t - s < layer.window]
+            scores = []
+            for s in seen:
+                key = turned(normed(keys[group] @ x_TD[s], attention.k_norm.weight), s, layer)
+                scores.append(query @ key / math.sqrt(size))
+            weights = torch.stack(scores).softmax(0)
+            mixed = sum(weight * (values[group] @ x_TD[s]) for weight, s in zip(weights, seen, strict=True))
+            heads.append(torch.sigmoid(attention.gate_proj.weight[h] @ x) * mixed)
+        outputs.append(attention.o_proj.weight @ torch.cat(heads))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("index", [FULL, SLIDING])
+@torch.no_grad()
+def test_attention_equals_the_sum_written_out(make_model: Make, index: int) -> None:
+    # Norms, rotation, scaling, grouped heads, window, gate and projections, all independently of the module.
+    attention = make_model().layers[index].attention
+    x_BTD = random(1, 11, 32)
+    ours = attention(x_BTD, Context.packed(torch.zeros(1, 11, dtype=torch.long)))
+    torch.testing.assert_close(ours[0], by_hand(attention, x_BTD[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [FULL, SLIDING])
+def test_each_half_split_pair_is_turned_and_the_rest_passes(make_model: Make, index: int) -> None:
+    layer = make_model().config.layer(index)
+    assert layer.rotary_dim == (8 if index == FULL else 16)
+    positions = torch.tensor([[0, 1, 5, 199]])
+    x_BTHC = random(1, 4, 3, 16)
+    y_BTHC = rotate(x_BTHC, *rope_table(layer, positions, torch.float32))
+    for t, position in enumerate(positions[0].tolist()):
+        for h in range(3):
+            expected = turned(x_BTHC[0, t, h], position, layer)
+            torch.testing.assert_close(y_BTHC[0, t, h], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(y_BTHC[..., layer.rotary_dim :], x_BTHC[..., layer.rotary_dim :])
+
+
+def test_scaling_follows_the_wavelength_rule_in_all_three_ranges(make_model: Make) -> None:
+    layer = make_model(head_dim=64).config.layer(FULL)
+    wavelengths = [2 * math.pi * layer.rope_theta ** (2 * j / layer.rotary_dim) for j in range(layer.rotary_dim // 2)]
+    assert any(w < 1024 / 32 for w in wavelengths)
+    assert any(1024 / 32 < w < 1024 for w in wavelengths)
+    assert any(w > 1024 for w in wavelengths)
+    torch.testing.assert_close(inverse_frequencies(layer), torch.tensor(frequencies(layer)), rtol=1e-5, atol=0)
+
+
+def test_scaling_applies_to_full_layers_only(make_model: Make) -> None:
+    config = make_model().config
+    assert [config.layer(i).rope_scaling is not None for i in range(7)] == [True, *[False] * 3, True, *[False] * 2]
+
+
+def visible_by_gradient(attention: Attention, tokens: int) -> list[list[bool]]:
+    """Return for each query which inputs its output depends on."""
+    x_BTD = random(1, tokens, 32).requires_grad_()
+    y_TD = attention(x_BTD, Context.packed(torch.zeros(1, tokens, dtype=torch.long)))[0]
+    direction = random(32, seed=1)
+    return [(torch.autograd.grad(y @ direction, x_BTD, retain_graph=True)[0][0] != 0).any(-1).tolist() for y in y_TD]
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 24, 29])
+def test_a_sliding_query_sees_exactly_window_keys_itself_included(make_model: Make, tokens: int) -> None:
+    # Up to 16 tokens take the reference path, more the banded one.
+    seen = visible_by_gradient(make_model().layers[SLIDING].attention, tokens)
+    assert seen == [[0 <= t - s < 8 for s in range(tokens)] for t in range(tokens)]
+
+
+def test_a_full_query_sees_all_earlier_keys(make_model: Make) -> None:
+    assert visible_by_gradient(make_model().layers[FULL].attention, 20) == [
+        [s <= t for s in range(20)] for t in range(20)
+    ]
+
+
+@torch.no_grad()
+def test_logits_depend_on_no_later_token(make_model: Make) -> None:
+    model = make_model()
+    tokens = random_tokens(1, 22)
+    before = model(tokens).logits[0]
+    for s in (0, 9, 21):
+        changed = tokens.clone()
+        changed[0, s] = (changed[0, s] + 1) % 97
+        difference = (model(changed).logits[0] - before).abs().amax(-1)
+        assert (difference[:s] < 1e-4).all()
+        assert difference[s] > 1e-2
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 13, 24, 31])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_banded_path_equals_the_reference(tokens: int, window: int, packed: bool) -> None:
+    positions = torch.arange(tokens).expand(2, -1)
+    segments = torch.zeros(2, tokens, dtype=torch.long)
+    if packed:
+        segments[0, tokens // 3 :], segments[0, tokens // 2 :], segments[1, tokens - 4 :] = 1, 2, -1
+    mask = kernels.visible(positions, positions, window) & kernels.same_document(segments, segments)
+    results = []
+    for banded in (False, True):
+        q, k, v = (random(2, tokens, heads, 16, seed=heads + i).requires_grad_() for i, heads in enumerate((4, 2, 2)))
+        if banded:
+            y = kernels.attend_banded(q, k, v, kernels.band_mask(positions, segments, window), window)
+        else:
+            y = kernels.attend(q, k, v, mask)
+        results.append([y, *torch.autograd.grad((y * random(*y.shape, seed=9)).sum(), (q, k, v))])
+    for reference, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(make_model: Make) -> None:
+    model = make_model()
+    lengths = [5, 21, 3]  # 29 tokens take the banded path, the documents alone take both
+    documents = [random_tokens(1, length, seed=length) for length in lengths]
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    packed = model(torch.cat(documents, dim=1), mtp=True, segments_BT=segments)
+    start = 0
+    for document, length in zip(documents, lengths, strict=True):
+        alone = model(document, mtp=True)
+        rows = slice(start, start + length)
+        torch.testing.assert_close(packed.logits[:, rows], alone.logits, rtol=1e-4, atol=1e-4)
+        for k in range(2):  # the last k+1 rows are given tokens of the next document, which they never score
+            inner = slice(start, start + length - k - 1)
+            ours = packed.mtp_logits[k][:, inner]
+            torch.testing.assert_close(ours, alone.mtp_logits[k][:, : length - k - 1], rtol=1e-4, atol=1e-4)
+        start += length

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from step35.config.train import TrainConfig
+from step35.train.schedule import learning_rate
+
+CONFIG = TrainConfig(steps=50, warmup_steps=10, lr=1.0, final_lr=0.2)
+
+
+def test_the_rate_rises_linearly_to_its_peak() -> None:
+    assert [learning_rate(CONFIG, step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+
+
+def test_then_it_falls_as_a_cosine_to_the_final_rate() -> None:
+    for step in range(10, 50):
+        expected = 0.2 + 0.8 * (1 + math.cos(math.pi * (step - 10) / 40)) / 2
+        assert learning_rate(CONFIG, step) == pytest.approx(expected)
+    assert learning_rate(CONFIG, 10) == pytest.approx(1.0)
+    assert learning_rate(CONFIG, 30) == pytest.approx(0.6)
+
+
+def test_it_stays_final_after_the_end() -> None:
+    assert learning_rate(CONFIG, 50) == pytest.approx(0.2)
+    assert learning_rate(CONFIG, 70) == pytest.approx(0.2)
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert learning_rate(TrainConfig(steps=5, warmup_steps=0, lr=1.0), 0) == pytest.approx(1.0)
+
+
+def test_a_run_may_be_all_warm_up() -> None:
+    assert learning_rate(TrainConfig(steps=5, warmup_steps=5, lr=1.0), 4) == pytest.approx(1.0)
