@@ -27,7 +27,7 @@ from step35.model.step35 import Step35
 MICRO: dict[str, dict[str, Any]] = {
     "prepare": {"vocab-size": 600, "corpus-chars": 300_000, "val-tokens": 2048},
     "train": {
-        "steps": 6, "context": 64, "batch-rows": 2, "micro-rows": 2, "checkpoint-every": 1, "validate-every": 3,
+        "steps": 6, "context": 64, "batch-rows": 2, "micro-rows": 2, "checkpoint-every": 2, "validate-every": 3,
         "monitor-every": 3, "dtype": "float32",
     },
     "sft": {

@@ -106,6 +106,7 @@ def run_again(demo: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) 
         (prepare_module, "collect"),
         (prepare_module, "train_tokenizer"),
         (prepare_module, "encode_mixture"),
+        (prepare_module, "unigram_bigram"),
         (evaluation, "accuracy"),
         (evaluation, "acceptance"),
         (evaluation, "compare"),

@@ -89,7 +89,7 @@ def test_seeds_repeat_and_differ(capsys: pytest.CaptureFixture[str], micro_check
 
 
 def test_a_prompt_from_standard_input(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, micro_checkpoint: Path, script: Script
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, micro_checkpoint: Path
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     shown = output(capsys, "generate", str(micro_checkpoint), "--max-tokens", "1", "--prompt", "-")

@@ -37,13 +37,19 @@ def checkpoint_is_there(stage: str, step: int) -> Callable[[Path], bool]:
     return lambda run: (run / stage / "checkpoints" / f"step_{step}").is_dir()
 
 
+def a_logged_step_is_not_saved(run: Path) -> bool:
+    """The next run must take this step's record back, or it would be in the log twice."""
+    log = run / "train" / "metrics.jsonl"
+    return checkpoint_is_there("train", 2)(run) and log.read_bytes().count(b"\n") == 3
+
+
 def one_model_is_evaluated(run: Path) -> bool:
     return (run / "eval.json").is_file()
 
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "prepare": tokenizer_is_ready,
-    "train": checkpoint_is_there("train", 2),
+    "train": a_logged_step_is_not_saved,
     "sft": checkpoint_is_there("sft", 3),  # the later MTP modules have joined
     "rl": checkpoint_is_there("rl", 1),
     "eval": one_model_is_evaluated,
@@ -185,7 +191,8 @@ def test_a_full_disk_keeps_what_was_saved_and_the_next_run_continues(
     unbroken: Any, tmp_path: Path, full_disk: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert cli.main(train_command(unbroken, out)) == 28
+    command = [*train_command(unbroken, out), "--checkpoint-every", "1"]
+    assert cli.main(command) == 28
     error = capsys.readouterr().err
     assert "No space left to write" in error
     assert "step_3" in error
@@ -194,7 +201,7 @@ def test_a_full_disk_keeps_what_was_saved_and_the_next_run_continues(
     assert not (out / "model").exists()
     full_disk.undo()
     full_disk.setenv("OMP_NUM_THREADS", "1")
-    assert cli.main(train_command(unbroken, out)) == 0
+    assert cli.main(command) == 0
     assert {"kind": "resumed", "step": 2} in records(out / "events.jsonl")
     assert trained(out) == trained(unbroken.path / "train")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import step35
 from step35.cli import main as cli
+from step35.config.demo import DemoConfig
 from step35.config.presets import preset
 from step35.errors import CheckpointError, DataError, DivergedError
 from step35.model.step35 import Step35
@@ -170,7 +172,17 @@ def test_flags_beat_the_config_file_which_beats_the_defaults(monkeypatch: pytest
     assert cli.main(["train", "--lr", "0.25", "--config", str(file), "--seed", "3"]) == 0
     [args] = given
     assert (args.steps, args.lr, args.seed, args.optim.kind) == (7, 0.25, 3, "adamw")
-    assert args.context == train.Args().context
+    assert args.final_lr == DemoConfig().train.final_lr
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "sft", "rl", "eval"])
+def test_a_stage_on_its_own_has_the_demos_settings(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    module = importlib.import_module(f"step35.cli.{verb}")
+    given: list[Any] = []
+    monkeypatch.setattr(module, "main", lambda args: given.append(args) or 0)
+    assert cli.main([verb]) == 0
+    expected = getattr(DemoConfig(), verb).model_dump()
+    assert {name: value for name, value in given[0].model_dump().items() if name in expected} == expected
 
 
 @pytest.mark.parametrize(

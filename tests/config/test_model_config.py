@@ -65,7 +65,6 @@ def test_absent_keys_mean_what_the_released_code_means(released: dict[str, Any])
     assert {(config.layer(i).clip, config.layer(i).clip_shared) for i in range(12)} == {(0.0, 0.0)}
 
 
-@pytest.mark.xfail(strict=True, reason="from_released makes the odd layers sliding")
 def test_without_layer_types_even_layers_are_sliding(released: dict[str, Any]) -> None:
     del released["layer_types"]
     assert ModelConfig.from_released(released).layer_types == (SLIDING, FULL) * 6

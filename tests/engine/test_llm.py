@@ -76,6 +76,8 @@ def test_a_character_is_never_streamed_in_halves(
     assert len(ids) > 3
     monkeypatch.setattr(llm, "stream_ids", lambda prompt, params=None: iter([[token] for token in ids]))
     assert list(llm.stream("", GREEDY)) == ["é", "🙂", "x"]
+    ids.append(tokenizer.encode("🙂")[0])
+    assert list(llm.stream("", GREEDY)) == ["é", "🙂", "x", "\ufffd"]  # cut off by the token limit
 
 
 def test_chat_renders_the_messages_and_parses_the_answer(

@@ -90,14 +90,16 @@ def by_hand(attention: Attention, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("index", [FULL, SLIDING])
+@pytest.mark.parametrize("order", [(FULL, SLIDING), (SLIDING, FULL)])
+@pytest.mark.parametrize("partial", [0.5, 1.0])
 @torch.no_grad()
-def test_attention_equals_the_sum_written_out(make_model: Make, index: int) -> None:
+def test_attention_equals_the_sum_written_out(make_model: Make, order: tuple[int, int], partial: float) -> None:
     # Norms, rotation, scaling, grouped heads, window, gate and projections, all independently of the module.
-    attention = make_model().layers[index].attention
-    x_BTD = random(1, 11, 32)
-    ours = attention(x_BTD, Context.packed(torch.zeros(1, 11, dtype=torch.long)))
-    torch.testing.assert_close(ours[0], by_hand(attention, x_BTD[0]), rtol=1e-5, atol=1e-5)
+    model, x_BTD = make_model(partial=partial), random(1, 11, 32)
+    context = Context.packed(torch.zeros(1, 11, dtype=torch.long))  # shared, as in a forward pass
+    for index in order:
+        attention = model.layers[index].attention
+        torch.testing.assert_close(attention(x_BTD, context)[0], by_hand(attention, x_BTD[0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("index", [FULL, SLIDING])

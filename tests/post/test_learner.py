@@ -150,6 +150,7 @@ def test_routers_and_mtp_modules_stay(make_model: MakeModel) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     after = actor_after(model, long_batch(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert not {name for name in moved if "router" in name or name.startswith("mtp.")}
     assert "layers.1.moe.experts.down_proj" in moved
@@ -172,13 +173,16 @@ def test_a_resumed_learner_continues_bit_for_bit(make_model: MakeModel) -> None:
             assert torch.equal(ours.model.state_dict()[name], tensor), name
 
 
-def test_the_rate_rises_over_the_warm_up(make_model: MakeModel) -> None:
-    learner = RLLearner(make_model(), settings(actor_warmup=4, actor_lr=0.4, actor_batches=1, critic_batches=1))
+def test_the_rate_rises_over_the_warm_up_and_falls_over_the_rounds(make_model: MakeModel) -> None:
+    learner = RLLearner(
+        make_model(),
+        settings(actor_warmup=4, actor_lr=0.4, actor_batches=1, critic_batches=1, steps=10, final_lr_share=0.5),
+    )
     rates = []
     for step in range(5):
         learner.update(long_batch(learner.actor.model), step)
         rates.append([group["lr"] for optimiser in learner.actor.optimisers for group in optimiser.param_groups])
-    assert [rate[0] for rate in rates] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert [rate[0] for rate in rates] == pytest.approx([0.1, 0.2 * 0.95, 0.3 * 0.9, 0.4 * 0.85, 0.4 * 0.8])
     assert all(len(set(rate)) == 1 for rate in rates)
 
 

@@ -106,6 +106,27 @@ def test_micro_batches_equal_one_batch(make_model: MakeModel, make_batch: MakeBa
         assert torch.equal(split_model.router(layer).bias, whole_model.router(layer).bias)
 
 
+def test_the_balance_loss_is_a_mean_over_micro_batches(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    # Of two equal rows each is as unbalanced as both together. (Rows that differ are balanced pass by pass.)
+    one = make_batch(rows=1)
+    batch = Batch(*(np.concatenate([x, x]) for x in (one.tokens, one.segments, one.targets)))
+    results = []
+    for rows in (1, 2):
+        config = settings(batch_rows=2, micro_rows=rows, ep_weight=10.0, grad_clip=1e9)
+        seen, metrics = gradients_of_one_update(make_model(), config, batch)
+        results.append((metrics["balance_loss"], seen["layers.3.moe.router.weight"]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_schedules_rate_is_the_one_applied(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    learner = Learner(make_model(), settings(warmup_steps=4))
+    for step in range(3):
+        assert learner.update(make_batch(), step)["lr"] == pytest.approx(0.005 * (step + 1))
+        rates = {group["lr"] for optimiser in learner.optimisers for group in optimiser.param_groups}
+        assert list(rates) == pytest.approx([0.005 * (step + 1)])
+
+
 def test_the_gradient_is_that_of_the_weighted_losses(make_model: MakeModel, make_batch: MakeBatch) -> None:
     batch = make_batch()
     config = settings(ep_weight=0.0, grad_clip=1e9, mtp_joint_from=0, mtp_weight=0.5, mtp_decay=0.25)
@@ -137,6 +158,7 @@ def test_every_part_that_trains_moves_and_the_bias_follows_the_load(
     before = snapshot(model)
     learner = Learner(model, settings(balance_rate=0.01))
     learner.update(batch, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())  # the next update starts from none
     second = {name for name in before if name.startswith("mtp.1.")}  # not before mtp_joint_from
     assert changed(model, before) == before.keys() - second
     for record in learner.routing:
@@ -204,7 +226,10 @@ def test_later_modules_join_as_clones_and_then_train_on_their_own(make_model: Ma
         moving.update(make_batch(), step)
         assert changed(model.mtp[0], first) == first.keys()
         assert changed(model.mtp[1], second) == second.keys()
-        assert "head.weight" in changed(model.mtp[1], snapshot(model.mtp[0]))
+    second = snapshot(model.mtp[1])
+    assert "head.weight" in changed(model.mtp[0], second)
+    still.update(make_batch(), 4)
+    assert not changed(model.mtp[1], second)
 
 
 def test_no_mtp_weight_trains_no_module(make_model: MakeModel, make_batch: MakeBatch) -> None:

@@ -60,22 +60,23 @@ def run(verb: str, rest: list[str]) -> int:
     import tyro
 
     module = importlib.import_module(f"step35.cli.{verb}")
-    rest, default = _from_file(module.Args, rest)
+    default = getattr(module, "DEFAULT", None)
+    rest, default = _from_file(module.Args, default, rest)
     options: dict[str, Any] = {} if default is None else {"default": default}
     args = tyro.cli(module.Args, prog=f"step35 {verb}", description=module.__doc__, args=rest, **options)
     return int(module.main(args))
 
 
-def _from_file(args: Any, rest: list[str]) -> tuple[list[str], Any]:
-    """Take `--config FILE` out of the arguments and read it as the defaults."""
+def _from_file(args: Any, default: Any, rest: list[str]) -> tuple[list[str], Any]:
+    """Take `--config FILE` out of the arguments and lay its settings over the defaults."""
     if "--config" not in rest:
-        return rest, None
+        return rest, default
     place = rest.index("--config")
     if place + 1 >= len(rest):
         raise ConfigError("--config needs a file: TOML, or JSON such as a run's config.json.")
     from step35.config.load import load_file
 
-    return rest[:place] + rest[place + 2 :], load_file(rest[place + 1], args)
+    return rest[:place] + rest[place + 2 :], load_file(rest[place + 1], args, default)
 
 
 def usage() -> str:

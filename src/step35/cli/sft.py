@@ -7,11 +7,9 @@ from pathlib import Path
 from step35.config.demo import DemoConfig
 from step35.config.post import SFTConfig
 
-DEFAULT = DemoConfig().sft
-
 
 class Args(SFTConfig):
-    """Settings of the run. The defaults of `--config` files apply; without one, the trainer's."""
+    """Settings of the run."""
 
     out: Path = Path("runs/sft")
     """Run directory; the finished model lies in its model/ folder."""
@@ -19,6 +17,9 @@ class Args(SFTConfig):
     """Checkpoint to start from, in the released layout."""
     conversations_file: Path | None = None
     """JSON lines {"messages": [...], "tools": [...]}; without one, calculator demonstrations are synthesised."""
+
+
+DEFAULT = Args.model_validate(DemoConfig().sft.model_dump())
 
 
 def main(args: Args) -> int:

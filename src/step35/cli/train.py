@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from step35.config.demo import DemoConfig
 from step35.config.train import TrainConfig
 
 
@@ -18,6 +19,9 @@ class Args(TrainConfig):
     """Model preset: tiny, mini or flash."""
     dry_run: bool = False
     """Print parameters, optimisers and memory, and stop."""
+
+
+DEFAULT = Args.model_validate(DemoConfig().train.model_dump())
 
 
 def main(args: Args) -> int:

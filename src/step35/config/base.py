@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -41,17 +41,24 @@ def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
         return f"{where}: {problem['msg'].removeprefix('Value error, ')}."
     if problem["type"] != "extra_forbidden":
         return f"{where}: {key}={problem.get('input')!r}: {problem['msg']}."
-    fields = _fields_at(cls, path[:-1])
-    known = ", ".join(sorted(fields))
-    return f"{where}: unknown key '{key}'.{suggest(path[-1], fields)} Known keys here: {known}."
+    group, path = _resolve(cls, path)
+    known = ", ".join(sorted(group.model_fields))
+    hint = suggest(path[-1], group.model_fields)
+    return f"{where}: unknown key '{'.'.join(path)}'.{hint} Known keys here: {known}."
 
 
-def _fields_at(cls: type[BaseModel], path: list[str]) -> dict[str, Any]:
-    """Return the fields of the config nested at `path` below `cls`."""
-    for part in path:
-        field = cls.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        cls = inner
-    return cls.model_fields
+def _resolve(cls: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], list[str]]:
+    """Return the config that holds the last key of `path`, and the path without the tags of tagged unions."""
+    keys = []
+    members: tuple[Any, ...] = ()
+    for part in path[:-1]:
+        tagged = [m for m in members if part in get_args(m.model_fields["kind"].annotation)]
+        if tagged:
+            cls, members = tagged[0], ()
+            continue
+        keys.append(part)
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        members = tuple(m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel))
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            cls = annotation
+    return cls, [*keys, path[-1]]

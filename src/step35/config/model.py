@@ -139,6 +139,8 @@ class ModelConfig(Config):
                 f"{where}num_attention_heads={layer.heads} is not divisible by {where}num_attention_groups="
                 f"{layer.kv_heads} (layer {layer.index}); choose groups from {divisors}"
             )
+        if min(layer.clip, layer.clip_shared) < 0:
+            raise ValueError(f"the swiglu limits of layer {layer.index} must be at least 0 (0 is off)")
         if layer.rotary_dim % 2 or not 0 < layer.rotary_dim <= layer.head_dim:
             raise ValueError(
                 f"partial_rotary_factors[{layer.index}]={self.partial_rotary_factors[layer.index]} of head_dim="
@@ -146,6 +148,8 @@ class ModelConfig(Config):
             )
 
     def _check_moe(self) -> None:
+        if len(set(self.moe_layers_enum)) < len(self.moe_layers_enum):
+            raise ValueError(f"moe_layers_enum={self.moe_layers_enum} names a layer twice; name each once")
         bad = [i for i in self.moe_layers_enum if not 0 <= i < self.num_hidden_layers]
         if bad:
             raise ValueError(f"moe_layers_enum names layers {bad}; layers run from 0 to {self.num_hidden_layers - 1}")
@@ -185,7 +189,12 @@ class ModelConfig(Config):
         )
 
     def with_mtp(self, modules: int) -> ModelConfig:
-        """Return this config with `modules` MTP modules; new ones copy the last layer's entries."""
+        """Return this config with `modules` MTP modules; new ones copy the last module's entries.
+
+        Raises `ConfigError` when there is no module to copy.
+        """
+        if modules > self.num_nextn_predict_layers == 0:
+            raise ConfigError("the model has no MTP module to copy; start from a checkpoint that has one.")
         values = self.model_dump()
         total = self.num_hidden_layers + modules
         for name in (
@@ -202,19 +211,21 @@ class ModelConfig(Config):
     @classmethod
     def from_released(cls, values: dict[str, Any]) -> ModelConfig:
         """Read a released `config.json`; raise `ConfigError` naming key, value and remedy."""
-        values = dict(values)
+        if not isinstance(values, dict):
+            raise ConfigError(f"config.json holds a {type(values).__name__}; a table of settings is needed.")
         known = {k: v for k, v in values.items() if k in cls.model_fields and k != "other_keys"}
         other = {k: v for k, v in values.items() if k not in known}
         _refuse_variants(other)
         for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "head_dim"):
             if key not in known:
                 raise ConfigError(f"config.json: key '{key}' is missing; is this a Step 3.5 checkpoint's config?")
-        total = known["num_hidden_layers"] + known.get("num_nextn_predict_layers", 0)
+        known["num_nextn_predict_layers"] = known.get("num_nextn_predict_layers") or 0
+        total = known["num_hidden_layers"] + known["num_nextn_predict_layers"]
         if isinstance(known.get("rope_theta"), int | float):
             known["rope_theta"] = [known["rope_theta"]] * total
         known.setdefault("rope_theta", [10000.0] * total)
         known.setdefault("partial_rotary_factors", [1.0] * total)
-        known.setdefault("layer_types", [FULL if i % 2 == 0 else SLIDING for i in range(total)])
+        known.setdefault("layer_types", [SLIDING if i % 2 == 0 else FULL for i in range(total)])
         for key in ("swiglu_limits", "swiglu_limits_shared"):
             known[key] = [limit or 0.0 for limit in known.get(key) or [0.0] * total]
         known["moe_layers_enum"] = _layer_numbers(known.get("moe_layers_enum"), known["num_hidden_layers"])
@@ -267,6 +278,10 @@ def _refuse_variants(other: dict[str, Any]) -> None:
     fixed = {k: v for k, v in _CONSTANT_KEYS.items() if k not in ("architectures", "use_moe", "use_rope_layers")}
     for key in ("moe_layer_offset", "moe_every_n_layer", "zero_centered", "use_qk_norm"):
         fixed.pop(key)  # stated by the release, read by no engine
+    if not all(other.get("use_rope_layers") or [True]):
+        raise ConfigError(
+            "config.json: use_rope_layers switches rotary embeddings off in some layers, which is not supported."
+        )
     for key, value in fixed.items():
         if key in other and other[key] != value:
             raise ConfigError(
@@ -280,5 +295,10 @@ def _layer_numbers(value: Any, layers: int) -> list[int]:
     if value is None:
         return list(range(1, layers))
     if isinstance(value, str):
-        return [int(part) for part in value.split(",") if part.strip()]
+        try:
+            return [int(part) for part in value.split(",") if part.strip()]
+        except ValueError:
+            raise ConfigError(
+                f"config.json: moe_layers_enum={value!r} is not a list of layer numbers such as '3,4,5'."
+            ) from None
     return list(value)

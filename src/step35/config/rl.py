@@ -25,8 +25,8 @@ class MISPOConfig(Config):
 class RLConfig(Config):
     """One RL stage: `steps` rounds of rollouts, each followed by one epoch over them."""
 
-    steps: int = Field(default=16, ge=1)
-    prompts: int = Field(default=64, ge=1)
+    steps: int = Field(default=20, ge=1)
+    prompts: int = Field(default=48, ge=1)
     """Fresh problems a round."""
     responses: int = Field(default=2, ge=1)
     """Rollouts of each problem."""
@@ -43,6 +43,8 @@ class RLConfig(Config):
     actor_warmup: int = Field(default=4, ge=0)
     """Actor updates over which its rate rises from 0."""
     critic_warmup: int = Field(default=12, ge=0)
+    final_lr_share: float = Field(default=0.2, ge=0, le=1)
+    """Both rates fall linearly over the rounds to this share of their peak."""
     weight_decay: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     mis_po: MISPOConfig = MISPOConfig()

@@ -40,11 +40,11 @@ def clone_mtp(model: Step35, source: int = 0) -> None:
 
 
 def grow_mtp(model: Step35, modules: int) -> Step35:
-    """Return a copy of `model` with `modules` MTP modules, the new ones cloned from the first."""
+    """Return a copy of `model` (fp32) with `modules` MTP modules, the new ones cloned from the first."""
     grown = Step35(model.config.with_mtp(modules))
     kept = {name: tensor for name, tensor in model.state_dict().items() if name in grown.state_dict()}
     grown.load_state_dict(kept, strict=False)
-    if modules > len(model.mtp) >= 1:
-        for k in range(len(model.mtp), modules):
-            grown.mtp[k].load_state_dict(model.mtp[0].state_dict())
-    return grown
+    for k in range(len(model.mtp), modules):
+        grown.mtp[k].load_state_dict(model.mtp[0].state_dict())
+    grown.compute_dtype = model.compute_dtype
+    return grown.train(model.training)

@@ -33,8 +33,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
     tensors (all named at once); `ConfigError` for a config that contradicts itself.
     """
     folder = Path(path)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype='{dtype}' is not supported; choose one of {', '.join(DTYPES)}.")
+    target = dtype_named(dtype)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is not a checkpoint folder: it has no config.json. Give a folder in the released layout "
@@ -44,7 +43,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
     with torch.device("meta"):
         model = Step35(config)
     model.to_empty(device=device)
-    _set_dtypes(model, DTYPES[dtype])
+    _set_dtypes(model, target)
     _fill(model, folder)
     return model.eval()
 
@@ -54,7 +53,7 @@ def save_model(model: Step35, path: str | Path, *, dtype: str = "float32", shard
     folder = Path(path)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        shards = _shards(model, DTYPES[dtype], shard_bytes)
+        shards = _shards(model, dtype_named(dtype), shard_bytes)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for name, tensors in zip(names, shards, strict=True):
             _publish(
@@ -64,8 +63,18 @@ def save_model(model: Step35, path: str | Path, *, dtype: str = "float32", shard
         where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
-        config = {**model.config.to_released(), "torch_dtype": dtype}
-        _write_json(folder / "config.json", config)
+        config = model.config.to_released()
+        config.pop("dtype", None)  # the newer spelling of the next key
+        _write_json(folder / "config.json", {**config, "torch_dtype": dtype})
+        for stale in set(folder.glob("*.safetensors")) - {folder / name for name in names}:
+            stale.unlink()
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch dtype called `name`; raise `CheckpointError` for one that checkpoints do not use here."""
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype='{name}' is not supported; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def released_tensors(model: Step35, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -102,13 +111,14 @@ def _fill(model: Step35, folder: Path) -> None:
     files = _locate(folder)
     state = model.state_dict()
     wanted = {part.released: (name, part) for name, part in released_parts(model.config)}
-    problems = [f"missing: {name}" for name in wanted if name not in files]
-    problems += [f"unexpected: {name}" for name in files if name not in wanted]
+    problems = [f"unexpected: {name}" for name in files if name not in wanted]
+    found = set()
     for file in sorted(set(files.values())):
         with _opened(file) as tensors:
             for released in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 if released not in wanted:
                     continue
+                found.add(released)
                 name, part = wanted[released]
                 tensor = tensors.get_tensor(released)
                 if tuple(tensor.shape) != part.shape:
@@ -118,6 +128,7 @@ def _fill(model: Step35, folder: Path) -> None:
                     continue
                 with torch.no_grad():
                     state[name].narrow(part.dim, part.start, part.length).copy_(tensor)
+    problems = [f"missing: {name}" for name in wanted if name not in found] + problems
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(
@@ -130,7 +141,12 @@ def _locate(folder: Path) -> Mapping[str, Path]:
     """Return the file that holds each tensor, from the index or from the files themselves."""
     index = folder / INDEX
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{index} is not an index of tensors ({error!r}); fetch or export it again."
+            ) from None
         absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if absent:
             raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(absent)}; fetch them.")

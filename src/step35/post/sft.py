@@ -40,9 +40,14 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
     found, bad = [], 0
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
-                found.append(Conversation(record["messages"], record.get("tools") or []))
+                messages = record["messages"]
+                if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+                    raise TypeError("'messages' is not a list of messages")
+                found.append(Conversation(messages, record.get("tools") or []))
             except (ValueError, KeyError, TypeError) as error:
                 bad += 1
                 warn(f"{path}, line {number}: skipped ({type(error).__name__}: {error}): {line[:60]!r}")

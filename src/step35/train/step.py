@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step35.config.model import ModelConfig
 from step35.config.train import TrainConfig
 from step35.data.packing import Batch
-from step35.errors import DivergedError
+from step35.errors import ConfigError, DivergedError
 from step35.model.context import Context, Routing
 from step35.model.init import clone_mtp
 from step35.model.step35 import Step35
@@ -40,6 +41,7 @@ class Learner:
 
     def __init__(self, model: Step35, config: TrainConfig) -> None:
         self.model, self.config = model, config
+        check_groups(model.config, config)
         device = model.embed_tokens.weight.device
         model.compute_dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         for name, parameter in model.named_parameters():
@@ -146,6 +148,16 @@ class Learner:
         self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+
+
+def check_groups(model: ModelConfig, config: TrainConfig) -> None:
+    """Raise `ConfigError` when the experts cannot be split into equal groups for the balance loss."""
+    experts = model.moe_num_experts
+    if config.ep_weight and experts % config.ep_groups:
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise ConfigError(
+            f"moe_num_experts={experts} is not divisible by ep_groups={config.ep_groups}; choose from {divisors}."
+        )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class TrajectoryBatch:
             lengths_B=torch.tensor([len(t.tokens) for t in trajectories]),
         )
 
+    def to(self, device: torch.device) -> TrajectoryBatch:
+        """Return the batch on `device`."""
+        return TrajectoryBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def rows(self, index: Tensor) -> TrajectoryBatch:
         """Return the trajectories `index`, cut to the longest of them."""
         longest = int(self.lengths_B[index].max())
@@ -78,11 +82,11 @@ def state_values(critic: Step35, batch: TrajectoryBatch) -> tuple[Tensor, Tensor
     """Return V(s_t) (B, T), 0 where the policy did not act, and V of the state after the last token (B,)."""
     h_BTD = critic.trunk(batch.tokens_BT, Context.packed(batch.tokens_BT, batch.segments_BT))
     values_BT = critic.logits(h_BTD)[..., 0]
-    final_B = values_BT[torch.arange(len(values_BT)), batch.lengths_B - 1]
+    final_B = values_BT[torch.arange(len(values_BT), device=values_BT.device), batch.lengths_B - 1]
     shifted = F.pad(values_BT[:, :-1], (1, 0))
     return torch.where(batch.mask_BT, shifted, torch.zeros_like(shifted)), final_B
 
 
 def _placed(values_N: Tensor, mask_BT: Tensor) -> Tensor:
     """Put one value per acted token back at its (row, column)."""
-    return torch.zeros(mask_BT.shape, dtype=values_N.dtype).masked_scatter(mask_BT, values_N)
+    return torch.zeros(mask_BT.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter(mask_BT, values_N)

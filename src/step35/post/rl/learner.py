@@ -28,7 +28,7 @@ class Role:
     """A model, its optimisers and its warm-up: the actor or the critic."""
 
     def __init__(self, model: Step35, config: RLConfig, lr: float, warmup: int) -> None:
-        self.model, self.lr, self.warmup, self.grad_clip = model, lr, warmup, config.grad_clip
+        self.model, self.config, self.lr, self.warmup = model, config, lr, warmup
         device = model.embed_tokens.weight.device
         model.compute_dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         for name, parameter in model.named_parameters():
@@ -37,21 +37,27 @@ class Role:
         self.optimisers = build_optimisers(model, model.config, settings)
         self.updates = 0
 
-    def apply(self, loss: Tensor) -> float:
-        """Take one update; return the gradient norm before clipping."""
+    def apply(self, loss: Tensor, step: int) -> float:
+        """Take one update of round `step`; return the gradient norm before clipping."""
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
         if not math.isfinite(norm):
             raise DivergedError(
                 f"RL update {self.updates}: gradient norm={norm}. It was not applied; resume with a lower rate."
             )
         self.updates += 1
+        lr = self.learning_rate(step)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup))
+                group["lr"] = lr
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return norm
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of the current update: warm-up by updates, then a linear fall by rounds."""
+        fall = 1 - (1 - self.config.final_lr_share) * step / self.config.steps
+        return self.lr * fall * min(1.0, self.updates / max(1, self.warmup))
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimisers and update count."""
@@ -76,6 +82,7 @@ class RLLearner:
 
     def update(self, batch: TrajectoryBatch, step: int) -> dict[str, float]:
         """Learn from one round; return its diagnostics."""
+        batch = batch.to(self.actor.model.embed_tokens.weight.device)
         with torch.no_grad():
             old_BT, entropy_BT = token_logprobs(self.actor.model, batch)
             values_BT, final_B = state_values(self.critic.model, batch)
@@ -86,6 +93,8 @@ class RLLearner:
         critic = self._train_critic(batch, returns_B, step)
         entropy = float(entropy_BT.sum() / batch.mask_BT.sum().clamp(min=1))
         return {
+            "lr": self.actor.learning_rate(step),
+            "critic_lr": self.critic.learning_rate(step),
             **passed.diagnostics,
             **actor,
             **critic,
@@ -105,7 +114,7 @@ class RLLearner:
             if self.config.mis_po.ratio_at == "update":
                 kept = mis_filter(logprobs_BT.detach(), part.infer_BT, part.mask_BT, self.config.mis_po).kept_BT
             loss = mis_po_loss(logprobs_BT, advantages_BT[rows, :width], kept)
-            norms.append(self.actor.apply(loss))
+            norms.append(self.actor.apply(loss, step))
             losses.append(loss.item())
             accepted.append(float(kept.sum() / part.mask_BT.sum().clamp(min=1)))
         return {"grad_norm": _mean(norms), "policy_loss": _mean(losses), "accept_both": _mean(accepted)}
@@ -117,7 +126,7 @@ class RLLearner:
             values_BT, _ = state_values(self.critic.model, part)
             error = torch.where(part.mask_BT, values_BT - returns_B[rows, None], torch.zeros_like(values_BT))
             loss = error.square().sum() / part.mask_BT.sum().clamp(min=1)
-            norms.append(self.critic.apply(loss))
+            norms.append(self.critic.apply(loss, step))
             losses.append(loss.item())
         return {"value_loss": _mean(losses), "critic_grad_norm": _mean(norms)}
 

@@ -54,7 +54,7 @@ def reinforce(
             done = step + 1
             sampler.update_weights(actor.state_dict(), done)
             summary = summarise(trajectories)
-            run.metrics.log(done, lr=config.actor_lr, **summary, **metrics)
+            run.metrics.log(done, **summary, **metrics)
             if done % config.checkpoint_every == 0 or done == config.steps or interrupted():
                 checkpoint.save(run.checkpoints, done, {"step": done, **learner.state_dict()})
             if interrupted():
