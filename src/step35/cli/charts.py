@@ -119,7 +119,7 @@ def svg(figure: Figure) -> str:
 def require() -> None:
     """Raise `Step35Error` with the install command when matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise Step35Error('charts need matplotlib, which is not installed: pip install "step35[report]"') from None
 

@@ -42,7 +42,7 @@ class Conversation:
         self.messages.append(Message(role="user", content=question))
         for message in respond(self._turn, self.messages, self.tools):
             if message["role"] == "tool":
-                self.screen.print(Text(f"= {message['content']}", style=RESULT))
+                self.screen.print(Text(f"= {message['content']}", style=RESULT), soft_wrap=True)
 
     def _turn(self, messages: list[Message]) -> Message:
         """Generate one assistant turn, printing it token by token."""
@@ -69,5 +69,5 @@ class Conversation:
         if piece == "<tool_call>":
             style = CALL
         visible = "" if piece in ("</think>", "<|im_end|>") else piece
-        self.screen.print(Text(visible, style=style), end="")
+        self.screen.print(Text(visible, style=style), end="", soft_wrap=True)
         return "" if piece in ("</think>", "</tool_call>") else style

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from step35.cli import charts, evaluation, stages
+from step35.cli.dry_run import describe
 from step35.cli.report import build_report
 from step35.config.demo import DemoConfig
 from step35.config.presets import preset
@@ -23,7 +24,7 @@ from step35.runtime.device import set_threads
 from step35.runtime.disk import free_bytes
 from step35.runtime.rundir import RunDir
 
-NEEDED_BYTES = 1_500_000_000
+NEEDED_BYTES = 600_000_000
 
 
 class Args(DemoConfig):
@@ -31,6 +32,8 @@ class Args(DemoConfig):
 
     fresh: bool = False
     """Delete the run directory first."""
+    dry_run: bool = False
+    """Print parameters, optimisers, memory and FLOPs of the pre-training, and stop."""
 
 
 def main(args: Args) -> int:
@@ -38,10 +41,13 @@ def main(args: Args) -> int:
     charts.require()
     preset(args.preset)
     config = args.seeded()
+    if args.dry_run:
+        describe(preset(args.preset), config.train, Console())
+        return 0
     if args.fresh:
         shutil.rmtree(args.out, ignore_errors=True)
     run = RunDir(args.out)
-    settings = config.model_dump(mode="json", exclude={"out", "fresh"})
+    settings = config.model_dump(mode="json", exclude={"out", "fresh", "dry_run"})
     run.check_config(settings)
     run.write_config(settings)
     run.write_env()
@@ -136,6 +142,8 @@ class Clock:
         self.started = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
+        if (self.run.path / "summary.json").is_file():
+            return  # finished before: looking at the results again costs nothing
         total = self.seconds() + time.monotonic() - self.started
         self.run.write_json("clock.json", {"seconds": round(total, 1)})
 

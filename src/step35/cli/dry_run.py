@@ -31,7 +31,7 @@ def describe(model_config: ModelConfig, config: TrainConfig, console: Console) -
     tokens = config.steps * config.batch_tokens
     figures = [
         ("parameters", f"{total:,}"),
-        ("active for one token", f"{total - idle:,}"),
+        ("active for one token, embeddings, heads and MTP included", f"{total - idle:,}"),
         ("weights, gradients and optimiser state", f"{state / 1e9:.2f} GB"),
         ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_tokens:,})"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * (total - idle) * tokens:.3g}"),

@@ -7,9 +7,10 @@ released layout, where the next stage finds it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from step35.data.loader import PretrainLoader, validation
 from step35.data.prepare import PreparedData, prepare
 from step35.data.tokenizer import Tokenizer, load_tokenizer
 from step35.engine.llm import LLM
+from step35.errors import ConfigError
 from step35.model.init import grow_mtp, initialise
 from step35.model.step35 import Step35
 from step35.model.weights import load_model, save_model
@@ -43,10 +45,14 @@ from step35.train.trainer import train
 DONE = "done.json"
 
 
-def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do `work` in `run` unless it is done; return its result with the seconds it took."""
+def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inputs: str | Path) -> dict[str, Any]:
+    """Do `work` in `run` unless it is done; return its result with the seconds it took.
+
+    A run made with other settings or from other `inputs` is refused with `ConfigError`.
+    """
     settings = config.model_dump(mode="json", exclude={"out"})
     run.check_config(settings)
+    check_inputs(run, inputs)
     run.write_config(settings)
     finished = run.path / DONE
     if finished.is_file():
@@ -58,6 +64,23 @@ def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]]) -> di
     run.write_json(DONE, result)
     run.events.event("finished", seconds=result["seconds"])
     return result
+
+
+def check_inputs(run: RunDir, inputs: Mapping[str, str | Path]) -> None:
+    """Record what a stage starts from in `inputs.json`; raise `ConfigError` when the run started from something else.
+
+    Paths are kept relative to the run, so that a run may be moved with what it was made from.
+    """
+    found = {k: os.path.relpath(v, run.path) if isinstance(v, Path) else v for k, v in inputs.items()}
+    file = run.path / "inputs.json"
+    former = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
+    for name, value in found.items():
+        if former.get(name) != value:
+            raise ConfigError(
+                f"{run.path} was started with {name}={former.get(name)!r}, not {value!r}; "
+                "use the old one to resume it, another --out for a run of its own, or delete the folder."
+            )
+    run.write_json("inputs.json", found)
 
 
 def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context: int) -> PreparedData:
@@ -107,7 +130,7 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
             "tokens": config.steps * config.batch_tokens,
         }
 
-    return stage(run, config, work)
+    return stage(run, config, work, preset=model_name, data=data.folder)
 
 
 def supervise(
@@ -126,7 +149,7 @@ def supervise(
         publish(model, tokenizer, run.path / "model")
         return {"conversations": len(samples), "steps": config.steps}
 
-    return stage(run, config, work)
+    return stage(run, config, work, model=source, conversations=conversations or "synthesised")
 
 
 def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
@@ -159,7 +182,7 @@ def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Consol
         publish(actor, tokenizer, run.path / "model")
         return {"rounds": config.steps}
 
-    return stage(run, config, work)
+    return stage(run, config, work, model=source)
 
 
 def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "float32") -> None:

@@ -47,6 +47,9 @@ class RLConfig(Config):
     """Both rates fall linearly over the rounds to this share of their peak."""
     weight_decay: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
+    negative_weight: float = Field(default=1.0, ge=0, le=1)
+    """Factor on negative advantages. 1 is the report's; below, a small batch's failures, which say what not to do
+    without saying what to do, disturb a small policy less."""
     mis_po: MISPOConfig = MISPOConfig()
     checkpoint_every: int = Field(default=4, ge=1)
     seed: int = 0

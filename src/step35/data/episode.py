@@ -79,7 +79,7 @@ def play(
         for (episode, _), completion in zip(active, completions, strict=True):
             episode.take(completion)
             _advance(episode, completion, environment, tokenizer, last=turn == max_turns - 1)
-        on_done(sum(not e.done for e, _ in active))
+        on_done(sum(e.done for e, _ in active))
     return [e.trajectory for e in episodes]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
+from step35.errors import ConfigError
 
 
 @dataclass
@@ -35,9 +36,9 @@ class Request:
     def create(cls, prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int], context: int) -> Request:
         """Check the prompt against the context length and draw the request's random numbers."""
         if not prompt:
-            raise ValueError("the prompt is empty; give at least one token, for example the BOS token")
+            raise ConfigError("the prompt is empty; give at least one token, for example the BOS token")
         if len(prompt) >= context:
-            raise ValueError(
+            raise ConfigError(
                 f"the prompt has {len(prompt)} tokens, but the context holds {context}; shorten it or raise max_context"
             )
         limit = min(params.max_tokens, context - len(prompt))

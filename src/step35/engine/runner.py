@@ -53,13 +53,13 @@ class Runner:
         """Return `depth` drafted tokens a sequence (B, depth), and place them behind the known ones.
 
         Module k runs over a window that ends at the last position whose trunk state is known. The window reaches
-        back over everything accepted since its last run and over the k rows that had then been computed from
-        drafts, so that every module's cache always equals a pass over the whole prefix.
+        back over everything that one pass may accept; rows computed from a draft that was then rejected lie within
+        it, so that every module's cache always equals a pass over the whole prefix.
         """
         known_B1 = torch.tensor(lengths, device=self.tokens_BS.device)[:, None]
         longest = int(known_B1.max()) - 1
         for k, module in enumerate(self.model.mtp[: self.depth]):
-            rows = min(self.draft_rows + k, longest)
+            rows = min(self.draft_rows, longest)
             positions_BT = (known_B1 - 2 - torch.arange(rows - 1, -1, -1, device=known_B1.device)).clamp(min=0)
             row_B1 = torch.arange(len(known_B1), device=known_B1.device)[:, None]
             embedding = self.model.embed(self.tokens_BS[row_B1, positions_BT + 1 + k])

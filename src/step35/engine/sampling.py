@@ -15,6 +15,9 @@ from torch import Tensor
 
 from step35.api.sampling import SamplingParams
 
+UNMODIFIED = SamplingParams()
+"""Stands in for greedy positions, whose log-probabilities no setting changes."""
+
 
 def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return tokens (N,) and their log-probabilities (N,) under the distribution they were drawn from.
@@ -25,8 +28,9 @@ def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
     if bool(greedy.all()):
         tokens = logits_NV.argmax(-1)
         return tokens, _gather(logits_NV.log_softmax(-1), tokens)
-    temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits_NV.device)
-    logits_NV = _truncate(logits_NV / temperatures[:, None], params)
+    sampled = [p if p.temperature else UNMODIFIED for p in params]
+    temperatures = torch.tensor([p.temperature for p in sampled], device=logits_NV.device)
+    logits_NV = _truncate(logits_NV / temperatures[:, None], sampled)
     logprobs_NV = logits_NV.log_softmax(-1)
     cumulative = logprobs_NV.double().exp().cumsum(-1)
     targets = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device) * cumulative[:, -1]
@@ -45,7 +49,8 @@ def _truncate(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_p = torch.tensor([p.top_p for p in params], device=logits_NV.device)[:, None]
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    keep = (torch.arange(vocabulary, device=logits_NV.device) < top_k) & (before < top_p)
+    # Rounding may lift `before` to 1, so "keep everything" is not left to the comparison.
+    keep = (torch.arange(vocabulary, device=logits_NV.device) < top_k) & ((top_p >= 1) | (before < top_p))
     kept = torch.zeros_like(keep).scatter(-1, order, keep)
     return logits_NV.masked_fill(~kept, float("-inf"))
 

@@ -32,7 +32,7 @@ def compare(
     return {
         "plain_tokens_per_s": plain,
         "speculative_tokens_per_s": speculative,
-        "speedup": speculative / plain,
+        "speedup": speculative / plain if plain else 1.0,  # answers of one token have no rate
         "equal": outputs[0] == outputs[depth],
         "prompts": len(prompts),
         "tokens": sum(len(tokens) for tokens in outputs[0]),

@@ -37,6 +37,8 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
 
 def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversation]:
     """Read JSON lines of conversations; a bad line is named, counted and skipped."""
+    if not path.is_file():
+        raise DataError(f"{path} is not there; give a file of JSON lines with a 'messages' list each.")
     found, bad = [], 0
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):

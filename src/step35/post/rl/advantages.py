@@ -16,6 +16,7 @@ def returns(rewards_B: Tensor, truncated_B: Tensor, final_values_B: Tensor) -> T
     return torch.where(truncated_B, final_values_B, rewards_B)
 
 
-def advantages(returns_B: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return A (B, T): R - V(s_t) where the policy acted, 0 elsewhere."""
-    return torch.where(mask_BT, returns_B[:, None] - values_BT, torch.zeros_like(values_BT))
+def advantages(returns_B: Tensor, values_BT: Tensor, mask_BT: Tensor, negative_weight: float = 1.0) -> Tensor:
+    """Return A (B, T): R - V(s_t) where the policy acted, 0 elsewhere; negative ones times `negative_weight`."""
+    advantages_BT = torch.where(mask_BT, returns_B[:, None] - values_BT, torch.zeros_like(values_BT))
+    return torch.where(advantages_BT < 0, negative_weight * advantages_BT, advantages_BT)

@@ -88,7 +88,7 @@ class RLLearner:
             values_BT, final_B = state_values(self.critic.model, batch)
         passed = mis_filter(old_BT, batch.infer_BT, batch.mask_BT, self.config.mis_po)
         returns_B = returns(batch.rewards_B, batch.truncated_B, final_B)
-        advantages_BT = advantages(returns_B, values_BT, batch.mask_BT)
+        advantages_BT = advantages(returns_B, values_BT, batch.mask_BT, self.config.negative_weight)
         actor = self._train_actor(batch, advantages_BT, passed.kept_BT, step)
         critic = self._train_critic(batch, returns_B, step)
         entropy = float(entropy_BT.sum() / batch.mask_BT.sum().clamp(min=1))
