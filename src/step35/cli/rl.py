@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from step35.config.demo import DemoConfig
 from step35.config.rl import RLConfig
 
 
@@ -14,6 +15,9 @@ class Args(RLConfig):
     """Run directory; the finished model lies in its model/ folder."""
     model: Path = Path("runs/sft/model")
     """Checkpoint to start from, in the released layout."""
+
+
+DEFAULT = Args.model_validate(DemoConfig().rl.model_dump())
 
 
 def main(args: Args) -> int:
