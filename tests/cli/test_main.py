@@ -382,3 +382,25 @@ def test_convert_does_not_overwrite_its_source(
     shutil.copytree(micro_checkpoint, folder)
     assert "is the folder to read" in message_of(capsys, ["convert", str(folder), str(tmp_path / "x" / ".." / "model")])
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in micro_checkpoint.iterdir())
+
+
+def test_fresh_deletes_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert "not a run directory" in message_of(capsys, ["demo", "--out", str(precious), "--fresh"])
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_refuses_another_preset_or_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from step35.cli.stages import check_inputs
+    from step35.errors import ConfigError
+    from step35.runtime.rundir import RunDir
+
+    run = RunDir(tmp_path / "run")
+    check_inputs(run, {"preset": "tiny", "model": tmp_path / "a"})
+    check_inputs(run, {"preset": "tiny", "model": tmp_path / "a"})
+    with pytest.raises(ConfigError, match="preset='tiny', not 'mini'"):
+        check_inputs(run, {"preset": "mini", "model": tmp_path / "a"})
+    with pytest.raises(ConfigError, match=r"model='\.\./a', not '\.\./b'"):
+        check_inputs(run, {"preset": "tiny", "model": tmp_path / "b"})

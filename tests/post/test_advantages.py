@@ -17,3 +17,10 @@ def test_advantages_are_return_minus_value_where_the_policy_acted() -> None:
     mask = torch.tensor([[True, True, False], [False, True, True]])
     result = advantages(torch.tensor([1.0, 0.5]), values, mask)
     assert torch.equal(result, torch.tensor([[0.75, 0.5, 0.0], [0.0, -0.5, 0.0]]))
+
+
+def test_negative_advantages_may_be_scaled_down() -> None:
+    values = torch.tensor([[0.25, 0.75]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    scaled = advantages(torch.tensor([0.5]), values, mask, negative_weight=0.2)
+    assert torch.allclose(scaled, torch.tensor([[0.25, -0.05]]))

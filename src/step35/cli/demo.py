@@ -17,7 +17,7 @@ from step35.cli.report import build_report
 from step35.config.demo import DemoConfig
 from step35.config.presets import preset
 from step35.data.tokenizer import load_tokenizer
-from step35.errors import DiskFullError
+from step35.errors import ConfigError, DiskFullError
 from step35.model.weights import load_model
 from step35.runtime.console import Console
 from step35.runtime.device import set_threads
@@ -45,7 +45,7 @@ def main(args: Args) -> int:
         describe(preset(args.preset), config.train, Console())
         return 0
     if args.fresh:
-        shutil.rmtree(args.out, ignore_errors=True)
+        remove_run(args.out)
     run = RunDir(args.out)
     settings = config.model_dump(mode="json", exclude={"out", "fresh", "dry_run"})
     run.check_config(settings)
@@ -151,6 +151,15 @@ class Clock:
 def stage_seconds(folder: Path) -> float:
     """Return the seconds of a finished stage's last session."""
     return float(json.loads((folder / stages.DONE).read_text(encoding="utf-8"))["seconds"])
+
+
+def remove_run(path: Path) -> None:
+    """Delete a run directory; raise `ConfigError` for a folder that is not one, whatever it is."""
+    if not path.exists():
+        return
+    if not ((path / "config.json").is_file() and (path / "env.json").is_file()):
+        raise ConfigError(f"--fresh would delete {path}, which is not a run directory; choose another --out.")
+    shutil.rmtree(path)
 
 
 def check_space(path: Path) -> None:

@@ -97,7 +97,13 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
             shown.advance(int(done) - int(before), figure)
             before = done
 
-        return prepare(out, config, progress, context=context, tokenizer_texts=_chat_samples(config.seed))
+        data = prepare(out, config, progress, context=context, tokenizer_texts=_chat_samples(config.seed))
+    skipped = data.record["sources"]["skipped"]
+    if skipped:
+        console.warn(
+            f"{len(skipped)} unreadable files left out, such as {skipped[0]}; all named in {out / 'prepare.json'}"
+        )
+    return data
 
 
 def _chat_samples(seed: int) -> list[str]:
