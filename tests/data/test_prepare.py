@@ -69,7 +69,7 @@ def test_writes_documents_with_meta_line_in_the_wished_mixture(tmp_path: Path, c
     assert data.tokenizer.decode(first[1:-1]).startswith("type: ")
     total = data.train.total_tokens + data.val.total_tokens
     arithmetic = data.train.tokens_by_source["arithmetic"] + data.val.tokens_by_source["arithmetic"]
-    assert arithmetic / total == pytest.approx(0.3, abs=0.01)
+    assert arithmetic / total == pytest.approx(SETTINGS.arithmetic_share, abs=0.01)
     assert 1_400 < data.val.total_tokens < 1_800
     assert data.val.tokens_by_source["arithmetic"] / data.val.total_tokens == pytest.approx(0.3, abs=0.05)
     # Kinds are interleaved: both occur in the first tenth of the stream.

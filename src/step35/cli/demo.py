@@ -6,7 +6,9 @@ Run it again after an interruption: it continues where it stopped. Everything it
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -188,10 +190,11 @@ def show(run: RunDir, summary: dict[str, Any], console: Console) -> None:
     console.table("step35 demo", ["figure", "value"], rows)
     console.print(f"report: {run.path / 'report.html'}")
     console.print("next:")
+    program = "step35" if shutil.which("step35") else os.path.relpath(sys.argv[0])
     for command in (
-        f"step35 chat {run.path / 'export'}",
-        f'step35 generate {run.path / "export"} --prompt "def fibonacci(n):"',
-        f"step35 runs plot {run.path / 'rl'} --terminal",
-        "step35 demo --out runs/other --seed 1 --rl.steps 32",
+        f"{program} chat {run.path / 'export'}",
+        f'{program} generate {run.path / "export"} --prompt "def fibonacci(n):"',
+        f"{program} runs plot {run.path / 'rl'} --terminal",
+        f"{program} demo --out runs/other --seed 1 --rl.steps 32",
     ):
         console.print(f"  {command}")
