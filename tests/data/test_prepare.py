@@ -71,7 +71,9 @@ def test_writes_documents_with_meta_line_in_the_wished_mixture(tmp_path: Path, c
     arithmetic = data.train.tokens_by_source["arithmetic"] + data.val.tokens_by_source["arithmetic"]
     assert arithmetic / total == pytest.approx(SETTINGS.arithmetic_share, abs=0.01)
     assert 1_400 < data.val.total_tokens < 1_800
-    assert data.val.tokens_by_source["arithmetic"] / data.val.total_tokens == pytest.approx(0.3, abs=0.05)
+    assert data.val.tokens_by_source["arithmetic"] / data.val.total_tokens == pytest.approx(
+        SETTINGS.arithmetic_share, abs=0.05
+    )
     # Kinds are interleaved: both occur in the first tenth of the stream.
     text = data.tokenizer.decode(data.train.slice(0, data.train.total_tokens // 10).tolist())
     assert "type: code" in text
