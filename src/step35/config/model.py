@@ -17,6 +17,9 @@ from pydantic import Field, field_validator, model_validator
 from step35.config.base import Config
 from step35.errors import ConfigError
 
+PER_LAYER = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
+"""Keys with one entry for every trunk and MTP layer."""
+
 LayerType = Literal["full_attention", "sliding_attention"]
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
@@ -113,13 +116,7 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         total = self.num_hidden_layers + self.num_nextn_predict_layers
-        for name in (
-            "layer_types",
-            "rope_theta",
-            "partial_rotary_factors",
-            "swiglu_limits",
-            "swiglu_limits_shared",
-        ):
+        for name in PER_LAYER:
             if len(getattr(self, name)) != total:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries, but num_hidden_layers={self.num_hidden_layers} "
@@ -197,13 +194,7 @@ class ModelConfig(Config):
             raise ConfigError("the model has no MTP module to copy; start from a checkpoint that has one.")
         values = self.model_dump()
         total = self.num_hidden_layers + modules
-        for name in (
-            "layer_types",
-            "rope_theta",
-            "partial_rotary_factors",
-            "swiglu_limits",
-            "swiglu_limits_shared",
-        ):
+        for name in PER_LAYER:
             entries = list(values[name])
             values[name] = (entries + [entries[-1]] * modules)[:total]
         return ModelConfig.parse({**values, "num_nextn_predict_layers": modules})
