@@ -37,6 +37,7 @@ class Args(Config):
 def main(args: Args) -> int:
     """Print the prompt and its continuation as it is generated."""
     from step35.api.sampling import SamplingParams
+    from step35.data.tokenizer import StreamDecoder
     from step35.engine.llm import LLM
     from step35.runtime.device import set_threads
 
@@ -54,8 +55,6 @@ def main(args: Args) -> int:
     print(prompt, end="", flush=True)
     started = time.perf_counter()
     tokens = passes = 0
-    from step35.data.tokenizer import StreamDecoder
-
     decoder = StreamDecoder(llm.tokenizer, skip_special=True)
     for new in llm.stream_ids(prompt, params):
         tokens, passes = tokens + len(new), passes + 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from step35.agents.loop import run_call
 from step35.api.environment import Outcome, Task
-from step35.api.messages import Message, ToolCall
+from step35.api.messages import Message
 from step35.api.tools import Tool
 from step35.data.arithmetic import Split, problem
-from step35.data.chat import read_call
-from step35.errors import DataError
 
 
 class ArithmeticEnvironment:
@@ -37,18 +36,9 @@ class ArithmeticEnvironment:
         if not calls:
             answer = str(turn.get("content") or "").strip().removesuffix(".")
             return Outcome(done=True, reward=float(answer == task.answer))
-        outputs = [self._run(call) for call in calls]
+        outputs = [run_call(call, {self._calculator.name: self._calculator}) for call in calls]
         observations = tuple(
             Message(role="tool", content=output, tool_call_id=call.get("id", ""))
             for call, output in zip(calls, outputs, strict=True)
         )
         return Outcome(observations, tool_errors=sum(output.startswith("error:") for output in outputs))
-
-    def _run(self, call: ToolCall) -> str:
-        try:
-            name, arguments = read_call(call)
-        except DataError as error:
-            return f"error: {error}"
-        if name != self._calculator.name:
-            return f"error: no tool named {name}, only {self._calculator.name}"
-        return self._calculator(arguments)
