@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,16 @@ def test_another_checkpoint_gets_a_speed_of_its_own(
     found = evaluate(other, tmp_path / "eval")
     assert measured == ["greedy", "sampled", "speed"] * 2
     assert found["speed"]["plain_tokens_per_s"] == 2.0
+
+
+def test_a_checkpoint_written_anew_is_measured_anew(
+    tmp_path: Path, micro_checkpoint: Path, measured: list[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(micro_checkpoint, folder)
+    evaluate(folder, tmp_path / "eval")
+    weights = next(folder.glob("*.safetensors"))
+    os.utime(weights, (0, 0))
+    found = evaluate(folder, tmp_path / "eval")
+    assert measured == ["greedy", "sampled", "speed"] * 2
+    assert len(found["accuracy"]) == 2

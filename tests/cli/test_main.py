@@ -14,10 +14,13 @@ import pytest
 
 import step35
 from step35.cli import main as cli
+from step35.cli.shipped import SHIPPED
 from step35.config.demo import DemoConfig
 from step35.config.presets import preset
 from step35.errors import CheckpointError, DataError, DivergedError
 from step35.model.step35 import Step35
+from step35.model.weights import load_model
+from step35.post.rl.critic import make_critic
 
 
 def message_of(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
@@ -130,6 +133,37 @@ def test_a_dry_run_counts_parameters_and_leaves_nothing(capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["demo", "prepare", "train", "sft", "rl", "eval"])
+def test_a_dry_run_of_any_long_verb_prints_settings_that_config_takes_back(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    source = ["--model", str(SHIPPED)] if verb in ("sft", "rl") else []
+    seed = ["--seed", "3", "--out", str(tmp_path / "run"), *source]
+    assert cli.main([verb, "--dry-run", *seed]) == 0
+    shown = capsys.readouterr().out
+    settings, _ = json.JSONDecoder().raw_decode(shown)
+    assert settings["seed"] == 3
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert cli.main([verb, "--dry-run", "--config", str(file)]) == 0
+    assert capsys.readouterr().out == shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_rl_counts_actor_critic_and_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rl", "--dry-run", "--model", str(SHIPPED), "--steps", "5", "--prompts", "3"]) == 0
+    shown = capsys.readouterr().out
+    actor = load_model(SHIPPED)
+    for model in (actor, make_critic(actor)):
+        assert f" {sum(p.numel() for p in model.parameters()):,} " in shown
+    assert "30 (5 rounds of 3 x 2)" in shown
+
+
+@pytest.mark.parametrize("verb", ["sft", "rl"])
+def test_a_dry_run_on_no_checkpoint_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
+    assert "is not a checkpoint folder" in message_of(capsys, [verb, "--dry-run", "--model", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -170,8 +204,10 @@ def test_flags_beat_the_config_file_which_beats_the_defaults(monkeypatch: pytest
     file = tmp_path / "train.toml"
     file.write_text("steps = 7\nlr = 0.5\noptim = {kind = 'adamw'}\n", encoding="utf-8")
     assert cli.main(["train", "--lr", "0.25", "--config", str(file), "--seed", "3"]) == 0
-    [args] = given
+    args = given[0]
     assert (args.steps, args.lr, args.seed, args.optim.kind) == (7, 0.25, 3, "adamw")
+    assert cli.main(["train", f"--config={file}", "--lr=0.25", "--seed=3"]) == 0
+    assert given[1] == args
     assert args.final_lr == DemoConfig().train.final_lr
 
 

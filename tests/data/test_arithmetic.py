@@ -31,7 +31,7 @@ def test_answers_are_right_and_operands_stay_on_their_side(split: Split) -> None
         nested += "(" in p.expression
         questions.add(re.sub(r"\d+", "N", p.question))
     assert symbols == {"+", "-", "*", "//", "%"}
-    assert 80 < nested < 230
+    assert 20 < nested < 90
     assert len(questions) > 20
 
 
@@ -49,6 +49,17 @@ def test_question_says_which_operation_is_meant() -> None:
             symbol = p.expression.split()[1]
             assert re.search(words[symbol], p.question), p
             assert not p.answer.startswith("-")
+
+
+def test_the_first_phrasings_leave_the_others_unseen() -> None:
+    def wordings(phrasings: int) -> set[str]:
+        questions = [problem(index, split="train", seed=0, phrasings=phrasings).question for index in range(2000)]
+        return {re.sub(r"\d+", "N", question) for question in questions if "(" not in question}
+
+    few, all_of_them = wordings(2), wordings(4)
+    assert len(few) == 5 * 2
+    assert few < all_of_them
+    assert len(all_of_them) == 5 * 4
 
 
 def test_problems_depend_on_seed_index_and_split_only() -> None:

@@ -4,7 +4,7 @@ import pytest
 import rich.console
 
 from step35.runtime import console as console_module
-from step35.runtime.console import Console, duration
+from step35.runtime.console import Console, duration, number
 
 
 class Clock:
@@ -108,3 +108,11 @@ def test_terminal_gets_a_bar_and_the_log_stays_plain(tmp_path, capsys, clock):
 
 def test_duration():
     assert [duration(7), duration(725), duration(11045)] == ["0:07", "12:05", "3:04:05"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.38512, "0.385"), (3.0, "3"), (12.46, "12.5"), (999.4, "999"), (1234.0, "1,230"), (4_182_345.0, "4,180,000")],
+)
+def test_rates_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert number(value) == text

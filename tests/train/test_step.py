@@ -206,6 +206,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_changes(
         learner.update(make_batch(), 1)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(9e9), before[name].nan_to_num(9e9)), name
+    assert all(parameter.grad is None for parameter in model.parameters())
     for now, then in zip(learner.optimisers[0].state.values(), momenta, strict=True):
         assert torch.equal(now["momentum"], then["momentum"])
 

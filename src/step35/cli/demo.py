@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from step35.cli import charts, evaluation, stages
-from step35.cli.dry_run import describe
+from step35.cli.dry_run import describe_rl, describe_training, show_settings
 from step35.cli.report import build_report
 from step35.config.demo import DemoConfig
 from step35.config.presets import preset
@@ -35,16 +35,18 @@ class Args(DemoConfig):
     fresh: bool = False
     """Delete the run directory first."""
     dry_run: bool = False
-    """Print parameters, optimisers, memory and FLOPs of the pre-training, and stop."""
+    """Print the resolved settings, and what pre-training and RL cost, and stop."""
 
 
 def main(args: Args) -> int:
     """Run every stage that is not done yet."""
     charts.require()
-    preset(args.preset)
+    model_config = preset(args.preset)
     config = args.seeded()
     if args.dry_run:
-        describe(preset(args.preset), config.train, Console())
+        show_settings(config, Console())
+        describe_training(model_config, config.train, Console())
+        describe_rl(model_config.with_mtp(3), config.rl, Console())
         return 0
     if args.fresh:
         remove_run(args.out)

@@ -17,20 +17,26 @@ class Args(EvalConfig):
     """Checkpoint folder in the released layout."""
     out: Path = Path("runs/eval")
     """Run directory; results are in its eval.json."""
+    dry_run: bool = False
+    """Print the resolved settings, and stop."""
 
 
 def main(args: Args) -> int:
     """Measure and print a table."""
+    from step35.cli.dry_run import show_settings
     from step35.cli.evaluation import evaluate
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.rundir import RunDir
 
+    if args.dry_run:
+        show_settings(args, Console())
+        return 0
     set_threads()
     run = RunDir(args.out)
     run.write_env()
     console = Console(run.path / "console.log")
-    config = EvalConfig.model_validate(args.model_dump(exclude={"path", "out"}))
+    config = EvalConfig.model_validate(args.model_dump(include=set(EvalConfig.model_fields)))
     name = str(args.path.resolve())
     found = evaluate(run, {name: args.path}, config, console)
     rows = [

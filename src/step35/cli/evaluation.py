@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,16 +28,25 @@ def evaluate(run: RunDir, models: Mapping[str, Path], config: EvalConfig, consol
     file = run.path / "eval.json"
     settings = config.model_dump(mode="json")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if found.get("settings") != settings:
-        found = {"settings": settings, "accuracy": [], "accept_by_depth": {}, "transcripts": []}
+    if found.get("settings") != settings or "checkpoints" not in found:
+        found = {"settings": settings, "checkpoints": {}, "accuracy": [], "accept_by_depth": {}, "transcripts": []}
     for name, folder in models.items():
-        if name not in found["accept_by_depth"]:
+        checkpoint = fingerprint(folder)
+        if found["checkpoints"].get(name) != checkpoint:
             _evaluate_one(found, name, LLM(folder, max_batch=128), config, console)
+            found["checkpoints"][name] = checkpoint
             run.write_json("eval.json", found)
-    if found.get("speed", {}).get("model") != name:
-        found["speed"] = {"model": name, **_speed(LLM(folder), config, console)}
+    measured = {"model": name, "checkpoint": checkpoint}
+    if not measured.items() <= found.get("speed", {}).items():
+        found["speed"] = {**measured, **_speed(LLM(folder), config, console)}
         run.write_json("eval.json", found)
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that changes when a file of a checkpoint folder is written anew."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def _evaluate_one(found: dict[str, Any], name: str, llm: LLM, config: EvalConfig, console: Console) -> None:

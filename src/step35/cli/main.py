@@ -69,6 +69,7 @@ def run(verb: str, rest: list[str]) -> int:
 
 def _from_file(args: Any, default: Any, rest: list[str]) -> tuple[list[str], Any]:
     """Take `--config FILE` out of the arguments and lay its settings over the defaults."""
+    rest = [part for word in rest for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in rest:
         return rest, default
     place = rest.index("--config")

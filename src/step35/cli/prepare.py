@@ -16,15 +16,21 @@ class Args(PrepareConfig):
     """Folder for tokenizer/, train/, val/ and prepare.json."""
     context: int = Field(default=256, ge=8)
     """Row length on which the unigram and bigram baselines are computed."""
+    dry_run: bool = False
+    """Print the resolved settings, and stop."""
 
 
 def main(args: Args) -> int:
     """Prepare the data and print what it holds."""
+    from step35.cli.dry_run import show_settings
     from step35.cli.stages import prepare_data
     from step35.runtime.console import Console
 
-    settings = PrepareConfig.model_validate(args.model_dump(exclude={"out", "context"}))
     console = Console()
+    if args.dry_run:
+        show_settings(args, console)
+        return 0
+    settings = PrepareConfig.model_validate(args.model_dump(include=set(PrepareConfig.model_fields)))
     data = prepare_data(args.out, settings, console, context=args.context)
     rows = [
         ("training tokens", f"{data.train.total_tokens:,}"),

@@ -15,6 +15,8 @@ class Args(RLConfig):
     """Run directory; the finished model lies in its model/ folder."""
     model: Path = Path("runs/sft/model")
     """Checkpoint to start from, in the released layout."""
+    dry_run: bool = False
+    """Print the resolved settings, memory and the number of rollouts, and stop."""
 
 
 DEFAULT = Args.model_validate(DemoConfig().rl.model_dump())
@@ -23,14 +25,21 @@ DEFAULT = Args.model_validate(DemoConfig().rl.model_dump())
 def main(args: Args) -> int:
     """Train to the last round."""
     from step35.cli import stages
+    from step35.cli.dry_run import describe_rl, show_settings
+    from step35.config.model import ModelConfig
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.rundir import RunDir
 
+    config = RLConfig.model_validate(args.model_dump(include=set(RLConfig.model_fields)))
+    if args.dry_run:
+        model_config = ModelConfig.read(args.model)
+        show_settings(args, Console())
+        describe_rl(model_config, config, Console())
+        return 0
     set_threads()
     run = RunDir(args.out)
     console = Console(run.path / "console.log")
-    config = RLConfig.model_validate(args.model_dump(exclude={"out", "model"}))
     stages.reinforce_model(run, args.model, config, console)
     console.print(f"model in {run.path / 'model'}")
     return 0

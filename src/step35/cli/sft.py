@@ -17,6 +17,8 @@ class Args(SFTConfig):
     """Checkpoint to start from, in the released layout."""
     conversations_file: Path | None = None
     """JSON lines {"messages": [...], "tools": [...]}; without one, calculator demonstrations are synthesised."""
+    dry_run: bool = False
+    """Print the resolved settings, optimisers, memory and FLOPs, and stop."""
 
 
 DEFAULT = Args.model_validate(DemoConfig().sft.model_dump())
@@ -25,14 +27,21 @@ DEFAULT = Args.model_validate(DemoConfig().sft.model_dump())
 def main(args: Args) -> int:
     """Fine-tune to the last step."""
     from step35.cli import stages
+    from step35.cli.dry_run import describe_training, show_settings
+    from step35.config.model import ModelConfig
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.rundir import RunDir
 
+    config = SFTConfig.model_validate(args.model_dump(include=set(SFTConfig.model_fields)))
+    if args.dry_run:
+        model_config = ModelConfig.read(args.model).with_mtp(3)
+        show_settings(args, Console())
+        describe_training(model_config, config, Console())
+        return 0
     set_threads()
     run = RunDir(args.out)
     console = Console(run.path / "console.log")
-    config = SFTConfig.model_validate(args.model_dump(exclude={"out", "model", "conversations_file"}))
     stages.supervise(run, args.model, config, console, args.conversations_file)
     console.print(f"model in {run.path / 'model'}")
     return 0

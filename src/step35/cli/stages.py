@@ -43,6 +43,14 @@ from step35.train.step import validation_loss
 from step35.train.trainer import train
 
 DONE = "done.json"
+_UNITS = {
+    "collect": "character",
+    "tokenise": "character",
+    "arithmetic": "token",
+    "tokenizer": "step",
+    "baselines": "step",
+}
+"""What the steps of `prepare` count, where it is not documents."""
 
 
 def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inputs: str | Path) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
             nonlocal label, before, shown
             if step != label or shown is None:
                 bars.close()
-                shown = bars.enter_context(console.stage(f"prepare: {step}", int(total), "unit"))
+                shown = bars.enter_context(console.stage(f"prepare: {step}", int(total), _UNITS.get(step, "document")))
                 label, before = step, 0.0
             shown.advance(int(done) - int(before), figure)
             before = done
@@ -164,7 +172,7 @@ def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
     made = []
     with console.stage("sft: synthesise", config.conversations, "conversation") as shown:
         for i in range(config.conversations):
-            drawn = problem(i, split="train", seed=config.seed)
+            drawn = problem(i, split="train", seed=config.seed, phrasings=config.phrasings)
             messages = demonstration(drawn, calculator, index=i, mistakes=config.mistakes)
             made.append(Conversation(messages, [calculator.schema]))
             shown.advance()

@@ -18,7 +18,7 @@ class Args(TrainConfig):
     preset: str = "tiny"
     """Model preset: tiny, mini or flash."""
     dry_run: bool = False
-    """Print parameters, optimisers and memory, and stop."""
+    """Print the resolved settings, optimisers, memory and FLOPs, and stop."""
 
 
 DEFAULT = Args.model_validate(DemoConfig().train.model_dump())
@@ -27,16 +27,18 @@ DEFAULT = Args.model_validate(DemoConfig().train.model_dump())
 def main(args: Args) -> int:
     """Train to the last step."""
     from step35.cli import stages
-    from step35.cli.dry_run import describe
+    from step35.cli.dry_run import describe_training, show_settings
     from step35.config.presets import preset
     from step35.data.prepare import PreparedData
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.rundir import RunDir
 
-    config = TrainConfig.model_validate(args.model_dump(exclude={"out", "data", "preset", "dry_run"}))
+    config = TrainConfig.model_validate(args.model_dump(include=set(TrainConfig.model_fields)))
     if args.dry_run:
-        describe(preset(args.preset), config, Console())
+        model_config = preset(args.preset)
+        show_settings(args, Console())
+        describe_training(model_config, config, Console())
         return 0
     set_threads()
     run = RunDir(args.out)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from step35.config.base import Config
-from step35.errors import ConfigError
+from step35.errors import CheckpointError, ConfigError
 
 PER_LAYER = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
 """Keys with one entry for every trunk and MTP layer."""
@@ -234,8 +234,13 @@ class ModelConfig(Config):
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelConfig:
-        """Read `folder/config.json`."""
+        """Read `folder/config.json`; raise `CheckpointError` when there is none, `ConfigError` for what is in it."""
         path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} is not a checkpoint folder: it has no config.json. Give a folder in the released layout "
+                "(config.json, *.safetensors, tokenizer.json), for example the export/ folder of a run."
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

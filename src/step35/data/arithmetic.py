@@ -24,41 +24,43 @@ _OPERATIONS = {
 }
 _DIGITS = (1, 2, 2, 2, 3, 3, 3, 4, 4)
 """Digits of an operand, one entry drawn at random; the answer may be longer."""
-_NESTED_SHARE = 0.15
+_NESTED_SHARE = 0.05
 """Share of problems with three operands and parentheses."""
 
 _PHRASINGS = {
     "+": (
         "What is {a} + {b}?",
-        "How much is {a} plus {b}?",
         "Add {b} to {a}.",
+        "How much is {a} plus {b}?",
         "Tom has {a} apples and buys {b} more. How many now?",
     ),
     "-": (
         "What is {a} - {b}?",
-        "How much is {a} minus {b}?",
         "Take {b} away from {a}.",
+        "How much is {a} minus {b}?",
         "Ann has {a} coins and spends {b}. How many are left?",
     ),
     "*": (
         "What is {a} * {b}?",
-        "{a} times {b}",
         "Multiply {a} by {b}.",
+        "{a} times {b}",
         "There are {a} boxes with {b} pens each. How many pens?",
     ),
     "//": (
         "What is {a} // {b}?",
-        "Divide {a} by {b}, whole part only.",
         "How many times does {b} fit into {a}?",
+        "Divide {a} by {b}, whole part only.",
         "{a} sweets for {b} children. How many whole sweets each?",
     ),
     "%": (
         "What is {a} % {b}?",
+        "Divide {a} by {b}, remainder only.",
         "What is the remainder of {a} divided by {b}?",
         "{a} modulo {b}",
-        "Divide {a} by {b}, remainder only.",
     ),
 }
+PHRASINGS = 4
+"""Ways in which a problem of two operands can be put."""
 _NESTED_PHRASINGS = ("What is {e}?", "Compute {e}.", "How much is {e}?", "{e}")
 
 
@@ -76,20 +78,20 @@ def held_out(n: int) -> bool:
     return hashlib.blake2b(b"%d" % n, digest_size=8).digest()[0] % 8 == 0
 
 
-def problem(index: int, *, split: Split, seed: int) -> Problem:
+def problem(index: int, *, split: Split, seed: int, phrasings: int = PHRASINGS) -> Problem:
     """Return problem number `index` of a split; the same arguments always give the same problem."""
-    return draw_problem(random.Random(f"problem/{seed}/{split}/{index}"), split)
+    return draw_problem(random.Random(f"problem/{seed}/{split}/{index}"), split, phrasings)
 
 
-def draw_problem(draw: random.Random, split: Split) -> Problem:
-    """Draw a problem with all operands from the split's side."""
+def draw_problem(draw: random.Random, split: Split, phrasings: int = PHRASINGS) -> Problem:
+    """Draw a problem with all operands from the split's side, put in one of the first `phrasings` ways."""
     if draw.random() < _NESTED_SHARE:
         return _nested_problem(draw, split)
     symbol = draw.choice(list(_OPERATIONS))
     a, b = draw_operand(draw, split), draw_operand(draw, split)
     if symbol in ("-", "//", "%"):  # nobody spends more than they have, or divides 12 by 900
         a, b = max(a, b), min(a, b)
-    question = draw.choice(_PHRASINGS[symbol]).format(a=a, b=b)
+    question = draw.choice(_PHRASINGS[symbol][:phrasings]).format(a=a, b=b)
     return Problem(question, f"{a} {symbol} {b}", str(_OPERATIONS[symbol](a, b)))
 
 

@@ -7,6 +7,7 @@ Tools read `metrics.jsonl`, never this text.
 from __future__ import annotations
 
 import io
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,7 @@ class Stage:
         rate = (self.done - self.first) / elapsed
         parts = [f"{self._count()} {self.unit}"]
         if rate > 0:
-            parts.append(f"{rate:.3g} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.3g} s/{self.unit}")
+            parts.append(f"{number(rate)} {self.unit}/s" if rate >= 0.1 else f"{number(1 / rate)} s/{self.unit}")
             if self.total is not None:
                 parts.append(f"ETA {duration(max(self.total - self.done, 0) / rate)}")
         return "  ".join([*parts, *([self.key] if self.key else [])])
@@ -149,6 +150,12 @@ class Stage:
         if self.task is None:
             self.console.screen.print(line, soft_wrap=True)
         self.console.log(line)
+
+
+def number(value: float) -> str:
+    """Return about three digits of a positive number: 0.385, 12.5, 4,180,000."""
+    digits = 2 - math.floor(math.log10(value))
+    return f"{round(value, digits):,.0f}" if digits <= 0 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,10 @@
-"""Who gets which optimiser: Muon for hidden matrices, AdamW for embeddings, heads, norms, gates and the router."""
+"""Who gets which optimiser, and how they step: Muon for hidden matrices, AdamW for embeddings, heads, norms, gates
+and the router."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from step35.config.model import ModelConfig
 from step35.config.train import MuonConfig, TrainConfig
+from step35.errors import DivergedError
 from step35.model.layout import layout
 from step35.train.muon import Matrices, Muon
 
@@ -68,3 +71,26 @@ def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) 
     ]
     optimisers.append(torch.optim.AdamW(groups, lr=train.lr, betas=train.optim.adamw_betas, fused=True))
     return optimisers
+
+
+def apply_gradients(
+    model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], *, lr: float, clip: float, loss: float, where: str
+) -> float:
+    """Clip the accumulated gradient, apply it at rate `lr`, drop it; return its norm before clipping.
+
+    Raises `DivergedError`, naming `where`, instead of applying a gradient that is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        if finite:
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    if not finite:
+        raise DivergedError(
+            f"{where}: loss={loss}, gradient norm={norm}. The update was not applied; resume from the last "
+            "checkpoint with a lower learning rate, or look at the curves in metrics.jsonl."
+        )
+    return norm

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +13,14 @@ from torch import Tensor
 from step35.config.model import ModelConfig
 from step35.config.train import TrainConfig
 from step35.data.packing import Batch
-from step35.errors import ConfigError, DivergedError
+from step35.errors import ConfigError
 from step35.model.context import Context, Routing
 from step35.model.init import clone_mtp
 from step35.model.step35 import Step35
 from step35.runtime.device import compute_dtype
 from step35.train import loss as losses
 from step35.train.balance import expert_counts, group_balance_loss, update_bias
-from step35.train.groups import build_optimisers
+from step35.train.groups import apply_gradients, build_optimisers
 from step35.train.monitors import experts as expert_monitor
 from step35.train.schedule import learning_rate
 
@@ -63,7 +62,9 @@ class Learner:
             cut = slice(start, start + rows)
             self._accumulate(tokens[cut], segments[cut], targets[cut], totals, tally, len(tokens[cut]) / len(tokens))
         lr = learning_rate(self.config, step)
-        norm = self._apply(lr, step, tally.loss)
+        norm = apply_gradients(
+            self.model, self.optimisers, lr=lr, clip=self.config.grad_clip, loss=tally.loss, where=f"step {step}"
+        )
         self._move_bias(tally.counts)
         health = expert_monitor.load_metrics(self.routing) if self.routing else {}
         return {
@@ -108,21 +109,6 @@ class Learner:
         for r in self.routing:
             tally.counts[r.layer] = tally.counts.get(r.layer, 0) + expert_counts(r)
         loss.backward()  # type: ignore[no-untyped-call]
-
-    def _apply(self, lr: float, step: int, loss: float) -> float:
-        """Clip and apply the accumulated gradient; return its norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            raise DivergedError(
-                f"step {step}: loss={loss}, gradient norm={norm}. The update was not applied; resume from the last "
-                "checkpoint with a lower lr, or look at expert_rms in metrics.jsonl."
-            )
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        return norm
 
     def _move_bias(self, counts: dict[int, Tensor]) -> None:
         if self.config.balance_rate == 0 or self.config.freeze_router:

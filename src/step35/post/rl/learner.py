@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from step35.config.rl import RLConfig
 from step35.config.train import TrainConfig
-from step35.errors import DivergedError
 from step35.model.step35 import Step35
 from step35.post.rl.advantages import advantages, returns
 from step35.post.rl.batch import TrajectoryBatch, state_values, token_logprobs
@@ -21,7 +19,7 @@ from step35.post.rl.critic import make_critic
 from step35.post.rl.mis_po import mis_filter, mis_po_loss
 from step35.runtime.device import compute_dtype
 from step35.runtime.seeding import generator
-from step35.train.groups import build_optimisers
+from step35.train.groups import apply_gradients, build_optimisers
 
 
 class Role:
@@ -40,19 +38,15 @@ class Role:
     def apply(self, loss: Tensor, step: int) -> float:
         """Take one update of round `step`; return the gradient norm before clipping."""
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"RL update {self.updates}: gradient norm={norm}. It was not applied; resume with a lower rate."
-            )
         self.updates += 1
-        lr = self.learning_rate(step)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        return norm
+        return apply_gradients(
+            self.model,
+            self.optimisers,
+            lr=self.learning_rate(step),
+            clip=self.config.grad_clip,
+            loss=loss.item(),
+            where=f"round {step}, update {self.updates}",
+        )
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of the current update: warm-up by updates, then a linear fall by rounds."""
