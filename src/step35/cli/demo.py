@@ -197,6 +197,6 @@ def show(run: RunDir, summary: dict[str, Any], console: Console) -> None:
         f"{program} chat {run.path / 'export'}",
         f'{program} generate {run.path / "export"} --prompt "def fibonacci(n):"',
         f"{program} runs plot {run.path / 'rl'} --terminal",
-        f"{program} demo --out runs/other --seed 1 --rl.steps 32",
+        f"{program} demo --out runs/other --seed 1 --rl.steps 40",
     ):
         console.print(f"  {command}")
