@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from step35.cli import charts
 from step35.cli.report import PANELS, build_report
 from step35.errors import Step35Error
 from step35.runtime.rundir import RunDir
@@ -208,3 +210,9 @@ def test_without_matplotlib(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(Step35Error, match=r"pip install \"step35\[report\]\""):
         build_report(run)
+
+
+def test_the_running_mean_leaves_gaps_out() -> None:
+    values = [1.0, 2.0, 3.0, math.nan, 5.0]
+    assert charts.running_mean(values, width=3) == [1.5, 2.0, 2.5, 4.0, 5.0]
+    assert math.isnan(charts.running_mean([math.nan] * 3)[1])

@@ -27,6 +27,9 @@ INK = "#1a2b3c"
 COLOURS = ("#3b82f6", "#ef7f1a", "#10a37f", "#d6409f", "#8b5cf6", "#a3801a")
 SIZE_INCHES = (5.6, 3.0)
 
+SMOOTH_FROM = 100
+"""Points from which a curve gets a running mean."""
+
 
 def series(records: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> Series:
     """Return steps and values of records with the number `key`, or with item `index` of the list `key`."""
@@ -44,16 +47,31 @@ def series(records: Sequence[Mapping[str, Any]], key: str, index: int | None = N
 def lines(
     title: str, curves: Mapping[str, Series], *, levels: Mapping[str, float] | None = None, ylabel: str = ""
 ) -> Figure:
-    """Draw one curve per name over the steps, and each of `levels` as a dashed horizontal line."""
+    """Draw one curve per name over the steps, and each of `levels` as a dashed horizontal line.
+
+    A long curve is drawn faintly, under its running mean.
+    """
     figure, axes = _axes(title, "step", ylabel)
     for number, (name, (steps, values)) in enumerate(curves.items()):
-        marker = "." if len(values) < 30 else ""
-        axes.plot(steps, values, label=name, color=COLOURS[number % len(COLOURS)], linewidth=1.3, marker=marker)
+        colour, marker = COLOURS[number % len(COLOURS)], "." if len(values) < 30 else ""
+        if len(values) >= SMOOTH_FROM:
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+            values = running_mean(values)
+        axes.plot(steps, values, label=name, color=colour, linewidth=1.3, marker=marker)
     for number, (name, level) in enumerate((levels or {}).items()):
         axes.axhline(level, label=name, color=INK, linewidth=1, linestyle=("--", ":")[number % 2])
     if len(curves) + len(levels or {}) > 1:
         axes.legend(fontsize=8, framealpha=0, labelcolor=INK)
     return figure
+
+
+def running_mean(values: Sequence[float], width: int = 9) -> list[float]:
+    """Return each value's mean with its neighbours, `width` in all; values that are not finite are left out."""
+    means = []
+    for place in range(len(values)):
+        near = [v for v in values[max(0, place - width // 2) : place + width // 2 + 1] if math.isfinite(v)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
 
 
 def heat_map(title: str, table: Sequence[Sequence[float]], *, xlabel: str, ylabel: str) -> Figure:
@@ -91,8 +109,9 @@ def bars(title: str, groups: Mapping[str, Sequence[float]], *, xlabel: str, ylab
         places = [place + (number - (len(groups) - 1) / 2) * width for place in range(1, len(values) + 1)]
         drawn = axes.bar(places, values, width, label=name, color=COLOURS[number % len(COLOURS)])
         axes.bar_label(drawn, fmt="%.2f", fontsize=8, color=INK)
+    axes.set_ymargin(0.25)  # room for the legend
     axes.set_xticks(range(1, max((len(values) for values in groups.values()), default=0) + 1))
-    axes.legend(fontsize=8, framealpha=0, labelcolor=INK)
+    axes.legend(fontsize=8, framealpha=0, labelcolor=INK, loc="upper left", ncols=len(groups))
     return figure
 
 

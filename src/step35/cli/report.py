@@ -183,7 +183,7 @@ def _transcripts(findings: Findings) -> str:
 
 
 def _prepare(findings: Findings) -> str:
-    return page.structure(findings.prepare) if findings.prepare else ""
+    return page.fold("prepare.json", page.structure(findings.prepare)) if findings.prepare else ""
 
 
 def _settings(findings: Findings) -> str:
