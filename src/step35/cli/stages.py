@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from step35.agents.envs.arithmetic import ArithmeticEnvironment
 from step35.agents.synth.arithmetic import demonstration
 from step35.agents.tools.calculator import Calculator
+from step35.api.messages import Message
 from step35.config.base import Config
 from step35.config.data import PrepareConfig
 from step35.config.post import SFTConfig
@@ -169,12 +171,17 @@ def supervise(
 def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
     """Make demonstrations on training problems; every tool call is executed."""
     calculator = Calculator()
+
+    def solve(number: int) -> list[Message]:
+        drawn = problem(number, split="train", seed=config.seed, phrasings=config.phrasings)
+        return demonstration(drawn, calculator, index=number, mistakes=config.mistakes)
+
     made = []
     with console.stage("sft: synthesise", config.conversations, "conversation") as shown:
         for i in range(config.conversations):
-            drawn = problem(i, split="train", seed=config.seed, phrasings=config.phrasings)
-            messages = demonstration(drawn, calculator, index=i, mistakes=config.mistakes)
-            made.append(Conversation(messages, [calculator.schema]))
+            follows = random.Random(f"follow-up/{config.seed}/{i}").random() < config.follow_ups
+            earlier = solve(config.conversations + i) if follows else []
+            made.append(Conversation([*earlier, *solve(i)], [calculator.schema]))
             shown.advance()
     return made
 

@@ -22,9 +22,9 @@ class DemoConfig(Config):
     """Model preset to train."""
     prepare: PrepareConfig = PrepareConfig()
     train: TrainConfig = TrainConfig(steps=360, lr=1.2e-2, final_lr=1e-3)
-    # Two conversations fill a row of 672 tokens. Half of the phrasings are left for RL to meet.
+    # Two conversations fill a row of 704 tokens. Half of the phrasings are left for RL to meet.
     sft: SFTConfig = SFTConfig(
-        steps=130, phrasings=2, context=672, batch_rows=6, micro_rows=6, lr=4e-3, final_lr=5e-4, warmup_steps=5,
+        steps=130, phrasings=2, context=704, batch_rows=6, micro_rows=6, lr=4e-3, final_lr=5e-4, warmup_steps=5,
         mtp_joint_from=90, freeze_router=True, balance_rate=0.0, ep_weight=0.0, checkpoint_every=50,
     )  # fmt: skip
     rl: RLConfig = RLConfig(steps=26, actor_lr=6e-4, negative_weight=0.2)

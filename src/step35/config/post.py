@@ -15,6 +15,8 @@ class SFTConfig(TrainConfig):
     """Demonstrations to synthesise and execute."""
     mistakes: float = Field(default=0.05, ge=0, le=1)
     """Share of demonstrations that show a failing call and its correction."""
+    follow_ups: float = Field(default=0.25, ge=0, le=1)
+    """Share of demonstrations that come after another question and its answer."""
     phrasings: int = Field(default=4, ge=1, le=4)
     """Ways of putting a problem that the demonstrations cover; the others are left for RL to meet."""
 
