@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from step35.cli import evaluation
 from step35.cli import main as cli
+from step35.model.weights import load_model, save_model
 
 FLAGS = ["--problems", "3", "--samples", "2", "--speed-prompts", "1", "--max-turns", "1", "--max-turn-tokens", "4"]
 
@@ -89,8 +89,7 @@ def test_a_checkpoint_written_anew_is_measured_anew(
     folder = tmp_path / "model"
     shutil.copytree(micro_checkpoint, folder)
     evaluate(folder, tmp_path / "eval")
-    weights = next(folder.glob("*.safetensors"))
-    os.utime(weights, (0, 0))
+    save_model(load_model(folder), folder, dtype="bfloat16")
     found = evaluate(folder, tmp_path / "eval")
     assert measured == ["greedy", "sampled", "speed"] * 2
     assert len(found["accuracy"]) == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import step35
 from step35.cli import main as cli
@@ -416,7 +417,9 @@ def test_convert_does_not_overwrite_its_source(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(micro_checkpoint, folder)
-    assert "is the folder to read" in message_of(capsys, ["convert", str(folder), str(tmp_path / "x" / ".." / "model")])
+    assert "holds the folder to read" in message_of(
+        capsys, ["convert", str(folder), str(tmp_path / "x" / ".." / "model")]
+    )
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in micro_checkpoint.iterdir())
 
 
@@ -440,3 +443,67 @@ def test_a_run_refuses_another_preset_or_source(tmp_path: Path, capsys: pytest.C
         check_inputs(run, {"preset": "mini", "model": tmp_path / "a"})
     with pytest.raises(ConfigError, match=r"model='\.\./a', not '\.\./b'"):
         check_inputs(run, {"preset": "tiny", "model": tmp_path / "b"})
+
+
+def test_a_partial_table_keeps_the_demos_other_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "demo.toml"
+    file.write_text("[sft]\nsteps = 10\n[rl]\nsteps = 3\n", encoding="utf-8")
+    assert cli.main(["demo", "--dry-run", "--config", str(file)]) == 0
+    settings, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
+    expected = DemoConfig().model_dump(mode="json")
+    assert settings["sft"] == {**expected["sft"], "steps": 10}
+    assert settings["rl"] == {**expected["rl"], "steps": 3}
+
+
+def test_a_stage_seed_that_cannot_take_effect_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "demo.toml"
+    file.write_text("[train]\nseed = 5\n", encoding="utf-8")
+    assert "train.seed=5 cannot take effect" in message_of(capsys, ["demo", "--dry-run", "--config", str(file)])
+    file.write_text("seed = -1\n", encoding="utf-8")
+    assert "seed=-1" in message_of(capsys, ["demo", "--dry-run", "--config", str(file)])
+
+
+@pytest.mark.parametrize("place", ["work", "work/thesis.txt"])
+def test_convert_never_deletes_what_is_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of it", encoding="utf-8")
+    error = message_of(capsys, ["convert", str(SHIPPED), str(tmp_path / place)])
+    assert "is not a checkpoint folder" in error
+    assert (work / "thesis.txt").read_text(encoding="utf-8") == "years of it"
+
+
+def test_convert_refuses_a_folder_around_its_source(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path / "outer" / "model")
+    shutil.copytree(SHIPPED, tmp_path / "outer", dirs_exist_ok=True)
+    error = message_of(capsys, ["convert", str(tmp_path / "outer" / "model"), str(tmp_path / "outer")])
+    assert "holds the folder to read" in error
+    assert (tmp_path / "outer" / "model" / "config.json").is_file()
+
+
+def test_convert_replaces_an_older_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(SHIPPED, out)
+    assert cli.main(["convert", str(SHIPPED), str(out), "--dtype", "float32"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert load_model(out).lm_head.weight.dtype == torch.float32
+
+
+def test_help_into_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m step35.cli.main --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("verb", "continues"), [("train", True), ("chat", False)])
+def test_only_verbs_that_resume_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, continues: bool
+) -> None:
+    def stop(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", stop)
+    assert cli.main([verb]) == 130
+    assert ("run the same command again" in capsys.readouterr().err) is continues

@@ -1,13 +1,19 @@
-"""What the stages make on their way: the demonstrations of SFT."""
+"""What the stages make on their way: the demonstrations of SFT, and what tells one run from another."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
+
+import pytest
 
 from step35.api.messages import Message
-from step35.cli.stages import synthesise
-from step35.config.post import SFTConfig
+from step35.cli.stages import stage, synthesise
+from step35.config.post import EvalConfig, SFTConfig
+from step35.errors import ConfigError
 from step35.runtime.console import Console
+from step35.runtime.rundir import RunDir
 
 
 def questions(messages: list[Message]) -> list[str]:
@@ -36,3 +42,23 @@ def test_demonstrations_keep_to_their_phrasings_and_the_seed() -> None:
 def test_no_follow_ups_when_none_are_asked_for() -> None:
     made = synthesise(SFTConfig(conversations=50, follow_ups=0.0), Console())
     assert all(len(questions(c.messages)) == 1 for c in made)
+
+
+def test_a_stage_refuses_other_content_at_the_same_place(tmp_path: Path) -> None:
+    source, run = tmp_path / "source.txt", RunDir(tmp_path / "run")
+    source.write_text("one", encoding="utf-8")
+    settings = EvalConfig()
+    assert stage(run, settings, lambda: {"made": 1}, text=source)["made"] == 1
+    assert stage(run, settings, lambda: {"made": 2}, text=source)["made"] == 1
+    source.write_text("two", encoding="utf-8")
+    with pytest.raises(ConfigError, match="content of text"):
+        stage(run, settings, lambda: {"made": 2}, text=source)
+
+
+def test_a_moved_run_is_still_done(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "source.txt").write_text("one", encoding="utf-8")
+    stage(RunDir(tmp_path / "a" / "run"), EvalConfig(), lambda: {"made": 1}, text=tmp_path / "a" / "source.txt")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    again = stage(RunDir(tmp_path / "b" / "run"), EvalConfig(), lambda: {"made": 2}, text=tmp_path / "b" / "source.txt")
+    assert again["made"] == 1

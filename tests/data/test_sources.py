@@ -99,11 +99,13 @@ def test_extra_folder_comes_first_and_bad_lines_are_named(small_world: Path, tmp
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "note.md").write_text("A note about the weather in spring.")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "kept.txt").write_text("Only packages lose their tests.")
     lines = ['{"text": "a good record"}', "{broken", '{"title": 1}', "", "[1]"]
     (folder / "records.jsonl").write_text("\n".join(lines))
     (folder / "picture.png").write_bytes(b"\x89PNG")
     documents, report = collect(100_000, 0, [folder])
-    assert [document.source for document in documents[:2]] == ["mine/note.md", "mine/records.jsonl"]
+    assert [d.source for d in documents[:3]] == ["mine/note.md", "mine/records.jsonl", "mine/tests/kept.txt"]
     assert documents[0].kind == "text"
     assert documents[1].text == "a good record"
     named = [line.removeprefix(f"{folder}/") for line in report.skipped]

@@ -137,3 +137,12 @@ def test_stream_ends_a_broken_character_once() -> None:
     assert [stream.push(token_id) for token_id in broken] == ["", "", ""]
     assert stream.flush() == "�"
     assert stream.push(TOKENIZER.encode("a")[0]) == "a"
+
+
+def test_a_turn_has_no_end_token_of_any_kind() -> None:
+    tokenizer = TOKENIZER
+    ids = tokenizer.encode("Done.\n</think>\n42")
+    for end in tokenizer.eos_ids:
+        assert tokenizer.turn_text([*ids, end]) == "Done.\n</think>\n42"
+    assert tokenizer.turn_text(ids) == "Done.\n</think>\n42"
+    assert tokenizer.turn_text([]) == ""

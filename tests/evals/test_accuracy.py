@@ -80,14 +80,14 @@ def test_greedy_accuracy_of_a_sampler_that_is_right_on_even_problems(tokenizer: 
 
 
 def test_sampled_accuracy_averages_the_samples_and_counts_problems(tokenizer: Tokenizer) -> None:
-    # Even problems are solved by the first of four samples only.
-    sampler = Scripted(tokenizer, lambda i, before: str(i) if i % 2 == 0 and before == 0 else "wrong")
+    # The first five problems are solved by the first of their four samples only.
+    sampler = Scripted(tokenizer, lambda i, before: str(i) if i < 5 and before == 0 else "wrong")
     config = EvalConfig(problems=8, samples=4, max_turn_tokens=50)
     result, played = accuracy(sampler, Parity(), tokenizer, config, greedy=False)
     assert (result["mode"], result["n"], result["samples"]) == ("sampled", 8, 4)
-    assert result["accuracy"] == pytest.approx(4 / 32)
-    assert result["correct"] == pytest.approx(1.0)
-    assert (result["low"], result["high"]) == wilson(1, 8)
+    assert result["accuracy"] == pytest.approx(5 / 32)
+    assert result["correct"] == pytest.approx(1.25)
+    assert (result["low"], result["high"]) == wilson(1.25, 8)
     assert sampler.asked == dict.fromkeys(range(8), 4)
     assert len(played) == 32
     assert {p.temperature for p in sampler.params} == {1.0}

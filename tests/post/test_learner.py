@@ -126,12 +126,18 @@ def test_a_filtered_response_leaves_no_trace_in_the_actor(make_model: MakeModel)
 
 
 def test_nothing_accepted_moves_nothing(make_model: MakeModel) -> None:
+    # After a round that was accepted, so that there is momentum; and with weight decay.
     model = make_model()
+    learner = RLLearner(model, settings(weight_decay=0.1))
+    assert learner.update(long_batch(model), 0)["skipped_updates"] == 0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = long_batch(model)
     batch.infer_BT.sub_(0.5 * batch.mask_BT)
-    after = actor_after(model, batch)
-    for name, tensor in make_model().state_dict().items():
-        assert torch.equal(after[name], tensor), name
+    metrics = learner.update(batch, 1)
+    assert metrics["accept_both"] == 0
+    assert metrics["skipped_updates"] == learner.config.actor_batches
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
 
 
 @pytest.mark.parametrize(("ratio_at", "accepted"), [("snapshot", 1.0), ("update", 0.5)])
@@ -194,3 +200,10 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes(make_model:
         actor_after(model, batch)
     for name, tensor in make_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_resumed_learner_keeps_its_compute_dtype(make_model: MakeModel) -> None:
+    saved = RLLearner(make_model(), settings(dtype="bfloat16")).state_dict()
+    resumed = RLLearner(make_model(), settings(dtype="float32"))
+    resumed.load_state_dict(saved)
+    assert resumed.actor.model.compute_dtype == resumed.critic.model.compute_dtype == torch.bfloat16

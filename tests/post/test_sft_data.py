@@ -35,6 +35,10 @@ def test_tools_may_be_left_out(tmp_path: Path) -> None:
         ("[1, 2]", "TypeError"),
         ("7", "TypeError"),
         ('{"messages": [', "JSONDecodeError"),
+        ('{"messages": [{"role": "developer", "content": "hi"}]}', "DataError"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "DataError"),
+        ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": ["f"]}]}', "Error"),
+        ('{"messages": [{"role": "user", "content": "hi"}], "tools": 5}', "TypeError"),
     ],
 )
 def test_a_bad_line_is_named_and_skipped(tmp_path: Path, bad: str, why: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from step35.model.context import Routing
-from step35.train.balance import expert_counts, group_balance_loss, update_bias
+from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
 
 
 def routing(tokens: int = 17, experts: int = 6, top_k: int = 2) -> Routing:
@@ -57,3 +57,12 @@ def test_the_bias_rises_under_the_mean_and_falls_over_it() -> None:
     bias = torch.tensor([0.0, 1.0, -1.0, 0.5])
     update_bias(bias, torch.tensor([0, 9, 4, 3]), rate=0.1)
     torch.testing.assert_close(bias, torch.tensor([0.1, 0.9, -1.0, 0.6]))
+
+
+def test_padding_is_no_load() -> None:
+    record = routing(tokens=6)
+    [found] = without_padding([record], torch.tensor([[0, 0, -1], [1, -1, -1]]))
+    kept = [0, 1, 3]
+    assert torch.equal(found.experts_NK, record.experts_NK[kept])
+    assert torch.equal(found.probabilities_NE, record.probabilities_NE[kept])
+    assert without_padding([record], torch.zeros(2, 3)) == [record]

@@ -128,3 +128,12 @@ def test_module_weights_share_the_total_in_geometric_proportion() -> None:
     assert losses.mtp_weights(0.3, 0.5, 3) == pytest.approx([0.3 * 4 / 7, 0.3 * 2 / 7, 0.3 / 7])
     assert losses.mtp_weights(0.6, 1.0, 3) == pytest.approx([0.2] * 3)
     assert losses.mtp_weights(0.3, 0.6, 0) == []
+
+
+def test_without_gradients_the_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 3 * 11)
+    h, weight, targets = random(7, 5), random(11, 5, seed=1), torch.tensor([0, 3, 10, 3, 5, 7, 1])
+    with torch.no_grad():
+        found = losses.summed_cross_entropy(h, weight, targets)
+        assert losses.summed_cross_entropy(h[:0], weight, targets[:0]).item() == 0
+    assert found.item() == pytest.approx(losses.summed_cross_entropy(h, weight, targets).item(), rel=1e-6)

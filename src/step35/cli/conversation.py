@@ -54,15 +54,14 @@ class Conversation:
             seed=self.args.seed,
             speculate=len(self.llm.model.mtp),
         )
-        decoder, style, text = StreamDecoder(self.llm.tokenizer), REASONING, ""
+        decoder, style = StreamDecoder(self.llm.tokenizer), REASONING
+        ids: list[int] = []
         for new in self.llm.stream_ids(prompt, params):
+            ids += new
             for token in new:
-                piece = decoder.push(token)
-                text += piece
-                style = self._show(piece, style)
-        text += decoder.flush()
+                style = self._show(decoder.push(token), style)
         self.screen.print()
-        return chat.parse(text, schemas)
+        return chat.parse(self.llm.tokenizer.turn_text(ids), schemas)
 
     def _show(self, piece: str, style: str) -> str:
         """Print one token's text and return the style of what follows it."""

@@ -27,8 +27,12 @@ def main(args: Args) -> int:
     from step35.errors import ConfigError
     from step35.model.weights import load_model
 
-    if args.out.resolve() == args.path.resolve():
-        raise ConfigError(f"out={args.out} is the folder to read; choose another one.")
+    source, out = args.path.resolve(), args.out.resolve()
+    if out == source or out in source.parents:
+        raise ConfigError(f"out={args.out} holds the folder to read, {args.path}; choose another one.")
+    is_checkpoint = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+    if out.exists() and not is_checkpoint and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={args.out} exists and is not a checkpoint folder; choose a new or an empty one.")
     publish(load_model(args.path), load_tokenizer(args.path), args.out, dtype=args.dtype)
     load_model(args.out)
     size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6

@@ -38,6 +38,9 @@ class Args(DemoConfig):
     """Print the resolved settings, and what pre-training and RL cost, and stop."""
 
 
+DEFAULT = Args()
+
+
 def main(args: Args) -> int:
     """Run every stage that is not done yet."""
     charts.require()
@@ -53,8 +56,9 @@ def main(args: Args) -> int:
     run = RunDir(args.out)
     settings = config.model_dump(mode="json", exclude={"out", "fresh", "dry_run"})
     run.check_config(settings)
-    run.write_config(settings)
-    run.write_env()
+    if not (run.path / "summary.json").is_file():  # a finished run stays as it was
+        run.write_config(settings)
+        run.write_env()
     check_space(run.path)
     set_threads()
     console = Console(run.path / "console.log")

@@ -66,7 +66,6 @@ def examine() -> dict[str, Any]:
     dtype = compute_dtype(device)
     memory = machine.memory_bytes()
     devices = [_cuda_device(index) for index in range(torch.cuda.device_count())]
-    usable = sum(found["memory_bytes"] for found in devices) or memory
     return {
         **machine.environment(),
         "features": [flag for flag in FEATURES if flag in machine.cpu_flags()],
@@ -81,7 +80,7 @@ def examine() -> dict[str, Any]:
         "compiler": next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None),
         "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
         "extras": _extras(),
-        "presets": _presets(usable, run_bytes=dtype.itemsize),
+        "presets": _presets(memory, run_bytes=4),  # the verbs load fp32, on the CPU
     }
 
 
@@ -176,6 +175,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
     ]
     compiler = facts["compiler"] or "none: torch.compile needs one (apt install g++)"
     headers = "" if facts["python_headers"] else ", but no Python.h (apt install python3-dev)"
+    elsewhere = "" if facts["device"] == "cpu" else " (load_model(device=) uses it; the verbs run on the CPU so far)"
     rows = [
         ("processor", f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads used"),
         ("features", " ".join(facts["features"]) or "none known"),
@@ -185,7 +185,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         ),
         ("disk free", amount(facts["disk_free_bytes"], "B")),
         ("CUDA devices", "\n".join(devices) or "none"),
-        ("computes on", f"{facts['device']} in {facts['compute_dtype']}"),
+        ("best device", f"{facts['device']} in {facts['compute_dtype']}{elsewhere}"),
         ("matmul bf16", amount(facts["bf16_flops"], "FLOP/s")),
         ("matmul fp32", amount(facts["fp32_flops"], "FLOP/s")),
         ("C++ compiler", compiler + headers),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from step35.evals.accuracy import accuracy
 from step35.evals.speed import acceptance, compare
 from step35.runtime.console import Console
 from step35.runtime.device import set_threads
+from step35.runtime.disk import fingerprint
 from step35.runtime.rundir import RunDir
 
 TRANSCRIPTS = 6
@@ -41,12 +41,6 @@ def evaluate(run: RunDir, models: Mapping[str, Path], config: EvalConfig, consol
         found["speed"] = {**measured, **_speed(LLM(folder), config, console)}
         run.write_json("eval.json", found)
     return found
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash that changes when a file of a checkpoint folder is written anew."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def _evaluate_one(found: dict[str, Any], name: str, llm: LLM, config: EvalConfig, console: Console) -> None:

@@ -7,7 +7,9 @@ then from `--config FILE`, then from flags.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from step35 import __version__
@@ -22,12 +24,13 @@ VERBS = {
     "sft": "fine-tune on conversations",
     "rl": "reinforcement learning with MIS-PO",
     "eval": "measure held-out accuracy, MTP acceptance and speed",
-    "convert": "write a run's newest checkpoint in the released layout",
+    "convert": "write a model in the released layout in another dtype",
     "generate": "continue a text",
     "chat": "talk to a model that can use tools",
     "runs": "list, show and plot runs",
 }
 
+RESUMABLE = ("demo", "prepare", "train", "sft", "rl", "eval")
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -35,18 +38,21 @@ BROKEN_PIPE = 141
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if given[0] == "--version":
-        print(f"step35 {__version__}")
-        return 0
     try:
+        if not given or given[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return 0
+        if given[0] == "--version":
+            print(f"step35 {__version__}")
+            return 0
         return run(given[0], given[1:])
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        again = "; run the same command again to continue" if given[0] in RESUMABLE else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        with suppress(OSError):  # the flush at exit would complain again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Step35Error as error:
         print(f"error: {error}", file=sys.stderr)

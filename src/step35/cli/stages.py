@@ -39,6 +39,7 @@ from step35.model.weights import load_model, save_model
 from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
+from step35.runtime.disk import fingerprint
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
 from step35.train.step import validation_loss
@@ -63,10 +64,10 @@ def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inp
     settings = config.model_dump(mode="json", exclude={"out"})
     run.check_config(settings)
     check_inputs(run, inputs)
-    run.write_config(settings)
     finished = run.path / DONE
     if finished.is_file():
         return dict(json.loads(finished.read_text(encoding="utf-8")))
+    run.write_config(settings)
     run.write_env()
     run.events.event("started")
     started = time.monotonic()
@@ -79,9 +80,11 @@ def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inp
 def check_inputs(run: RunDir, inputs: Mapping[str, str | Path]) -> None:
     """Record what a stage starts from in `inputs.json`; raise `ConfigError` when the run started from something else.
 
-    Paths are kept relative to the run, so that a run may be moved with what it was made from.
+    Paths are kept relative to the run, so that a run may be moved with what it was made from. What they held is
+    kept too: new weights or data at the same place are another input.
     """
     found = {k: os.path.relpath(v, run.path) if isinstance(v, Path) else v for k, v in inputs.items()}
+    found |= {f"content of {k}": fingerprint(v) for k, v in inputs.items() if isinstance(v, Path)}
     file = run.path / "inputs.json"
     former = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
     for name, value in found.items():
@@ -90,7 +93,8 @@ def check_inputs(run: RunDir, inputs: Mapping[str, str | Path]) -> None:
                 f"{run.path} was started with {name}={former.get(name)!r}, not {value!r}; "
                 "use the old one to resume it, another --out for a run of its own, or delete the folder."
             )
-    run.write_json("inputs.json", found)
+    if not file.is_file():
+        run.write_json("inputs.json", found)
 
 
 def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context: int) -> PreparedData:
@@ -208,13 +212,16 @@ def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Consol
 
 def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "float32") -> None:
     """Write model, tokenizer, chat template and generation config to `folder`, whole or not at all."""
-    draft = folder.with_name(folder.name + ".tmp")
+    draft, former = (folder.with_name(folder.name + ending) for ending in (".tmp", ".former"))
     shutil.rmtree(draft, ignore_errors=True)
     save_model(model, draft, dtype=dtype)
     tokenizer.save(draft)
     write_generation_config(model, draft)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
     draft.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_generation_config(model: Step35, folder: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field, model_validator
+
 from step35.config.base import Config
 from step35.config.data import PrepareConfig
 from step35.config.post import EvalConfig, SFTConfig
 from step35.config.rl import RLConfig
 from step35.config.train import TrainConfig
+
+STAGES = ("prepare", "train", "sft", "rl", "eval")
 
 
 class DemoConfig(Config):
@@ -16,7 +20,7 @@ class DemoConfig(Config):
 
     out: Path = Path("runs/demo")
     """Run directory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of every stage."""
     preset: str = "tiny"
     """Model preset to train."""
@@ -30,7 +34,17 @@ class DemoConfig(Config):
     rl: RLConfig = RLConfig(steps=26, actor_lr=6e-4, negative_weight=0.2)
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _one_seed(self) -> DemoConfig:
+        for name in STAGES:
+            seed = getattr(self, name).seed
+            if seed not in (0, self.seed):
+                raise ValueError(
+                    f"{name}.seed={seed} cannot take effect: the demo's seed={self.seed} is every stage's. "
+                    f"Set --seed, or run the stages one by one"
+                )
+        return self
+
     def seeded(self) -> DemoConfig:
         """Return the settings with this seed in every stage."""
-        stages = ("prepare", "train", "sft", "rl", "eval")
-        return self.model_copy(update={s: getattr(self, s).model_copy(update={"seed": self.seed}) for s in stages})
+        return self.model_copy(update={s: getattr(self, s).model_copy(update={"seed": self.seed}) for s in STAGES})

@@ -32,4 +32,4 @@ class EvalConfig(Config):
     """Held-out prompts decoded one at a time, plain and speculative."""
     max_turns: int = Field(default=3, ge=1)
     max_turn_tokens: int = Field(default=64, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)

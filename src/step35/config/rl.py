@@ -52,7 +52,7 @@ class RLConfig(Config):
     without saying what to do, disturb a small policy less."""
     mis_po: MISPOConfig = MISPOConfig()
     checkpoint_every: int = Field(default=4, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
     """Compute dtype of the updates. float32 keeps training and inference log-probabilities equal, which the narrow
     trajectory band needs on responses this short."""

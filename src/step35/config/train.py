@@ -36,7 +36,7 @@ class TrainConfig(Config):
     micro_rows: int = Field(default=16, ge=1)
     """Rows of one forward and backward pass; a batch is split into passes of this size."""
     context: int = Field(default=256, ge=8)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     optim: Annotated[MuonConfig | AdamWConfig, Field(discriminator="kind")] = MuonConfig()
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate; Muon's update is scaled so that one rate serves both optimisers."""

@@ -26,7 +26,6 @@ class Episode:
     task: Task
     history: list[Message]
     trajectory: Trajectory
-    turns: int = 0
     done: bool = False
 
     @classmethod
@@ -44,7 +43,6 @@ class Episode:
         self.trajectory.mask += [True] * len(ids)
         self.trajectory.logprobs += completion.logprobs
         self.trajectory.versions += [completion.version] * len(ids)
-        self.turns += 1
 
     def give(self, ids: list[int]) -> None:
         """Append what the environment said."""
@@ -91,7 +89,7 @@ def _advance(
     if completion.finish_reason == "length":
         episode.done, trajectory.truncated, trajectory.reward = True, True, 0.0
         return
-    turn = chat.parse(tokenizer.decode(list(completion.token_ids)), episode.task.tools)
+    turn = chat.parse(tokenizer.turn_text(completion.token_ids), episode.task.tools)
     outcome: Outcome = environment.respond(episode.task, episode.history, turn)
     trajectory.info["tool_errors"] += outcome.tool_errors
     episode.history += [turn, *outcome.observations]

@@ -146,16 +146,20 @@ def _interleave(groups: list[list[_SourceFile]], rng: random.Random) -> list[_So
 
 def _stdlib_files(report: SourceReport) -> list[_SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (PurePath(path.relative_to(root)).as_posix() for path in _walk(root, report) if path.suffix == ".py")
+    names = (
+        PurePath(path.relative_to(root)).as_posix()
+        for path in _walk(root, report, _SKIPPED_FOLDERS)
+        if path.suffix == ".py"
+    )
     return [_SourceFile(root / name, f"stdlib/{name}", "standard library") for name in sorted(names)]
 
 
-def _walk(root: Path, report: SourceReport) -> Iterator[Path]:
+def _walk(root: Path, report: SourceReport, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         report.skipped.append(f"{os.path.relpath(error.filename, root.parent)}: {error.strerror}")
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        folders[:] = sorted(set(folders) - left_out)
         yield from (Path(folder, name) for name in sorted(files))
 
 

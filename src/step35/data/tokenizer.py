@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from step35.data.chat import chat_template
 from step35.errors import CheckpointError, ConfigError
+from step35.runtime.disk import disk_errors, write_text
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
 EOS_TOKEN = "<｜end▁of▁sentence｜>"
@@ -76,6 +77,11 @@ class Tokenizer:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
 
+    def turn_text(self, ids: Sequence[int]) -> str:
+        """Return the text of a generated turn without the end token that closed it, whichever it was."""
+        ended = bool(ids) and ids[-1] in self.eos_ids
+        return self.decode(ids[:-1] if ended else ids)
+
     def id_of(self, token: str) -> int:
         """Return the id of one token; raise `CheckpointError` when the vocabulary lacks it."""
         token_id = self.backend.token_to_id(token)
@@ -89,11 +95,12 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the three files of a released tokenizer into `folder`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self.config | {"chat_template": chat_template()}, ensure_ascii=False, indent=2)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_text(folder / "tokenizer_config.json", config + "\n")
+        write_text(folder / "chat_template.jinja", chat_template())
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:

@@ -66,7 +66,7 @@ class LLM:
         """Return the next assistant message, reasoning and tool calls parsed."""
         prompt = chat.encode_prompt(self.tokenizer, messages, tools)
         [completion] = self.generate([prompt], params)
-        return chat.parse(self.tokenizer.decode(list(completion.token_ids)), tools)
+        return chat.parse(self.tokenizer.turn_text(completion.token_ids), tools)
 
     def stream_ids(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[list[int]]:
         """Yield the new tokens of each pass: the first after the prompt, then one, or more when drafts were right."""

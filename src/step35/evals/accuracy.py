@@ -48,7 +48,7 @@ def accuracy(
     judged = [t for t in played if t.reward is not None]
     rate = sum(t.reward or 0.0 for t in judged) / max(1, len(judged))
     problems = max(1, len(judged) // repeats)
-    low, high = wilson(round(rate * problems), problems)
+    low, high = wilson(rate * problems, problems)
     result = {
         "mode": "greedy" if greedy else "sampled",
         "n": problems,

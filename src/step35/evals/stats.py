@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval for a rate (95% by default); sound for rates near 0 and 1."""
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval for a rate (95% by default); sound for rates near 0 and 1.
+
+    `correct` need not be whole: with several samples a problem it is the sum of the problems' own rates.
+    """
     if n == 0:
         return 0.0, 1.0
     rate = correct / n

@@ -49,8 +49,10 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
                 messages = record["messages"]
                 if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
                     raise TypeError("'messages' is not a list of messages")
-                found.append(Conversation(messages, record.get("tools") or []))
-            except (ValueError, KeyError, TypeError) as error:
+                conversation = Conversation(messages, record.get("tools") or [])
+                chat.segments(conversation.messages, conversation.tools)  # raises for what cannot be rendered
+                found.append(conversation)
+            except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
                 bad += 1
                 warn(f"{path}, line {number}: skipped ({type(error).__name__}: {error}): {line[:60]!r}")
     if not found:

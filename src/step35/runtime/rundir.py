@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,8 @@ class RunDir:
         """Write versions, hardware and commit."""
         return self.write_json("env.json", environment())
 
-    def check_config(self, config: dict[str, Any], *, ignore: Collection[str] = ()) -> None:
-        """Raise `ConfigError` if the folder holds a run with other settings than `config`.
-
-        `ignore` names dotted keys that may change between resumes, such as "steps".
-        """
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raise `ConfigError` if the folder holds a run with other settings than `config`."""
         path = self.path / "config.json"
         if not path.exists():
             return
@@ -81,13 +78,13 @@ class RunDir:
         lines = [
             f"  {key}: {old.get(key, ABSENT)!r} in the folder, {new.get(key, ABSENT)!r} now"
             for key in sorted(old.keys() | new.keys())
-            if key not in ignore and old.get(key, ABSENT) != new.get(key, ABSENT)
+            if old.get(key, ABSENT) != new.get(key, ABSENT)
         ]
         if lines:
             raise ConfigError(
                 f"{self.path} holds a run with other settings:\n" + "\n".join(lines) + "\n"
                 "Use the old settings to resume it, another --out for a run of its own, "
-                "or --fresh (or delete the folder) to start anew."
+                "or delete the folder to start anew."
             )
 
 

@@ -4,10 +4,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from step35.model.context import Routing
+
+
+def without_padding(routing: Sequence[Routing], segments_BT: Tensor) -> list[Routing]:
+    """Return the records without the rows of padding tokens (segment -1), which must not count as load."""
+    real_N = segments_BT.flatten() >= 0
+    if bool(real_N.all()):
+        return list(routing)
+    return [replace(r, probabilities_NE=r.probabilities_NE[real_N], experts_NK=r.experts_NK[real_N]) for r in routing]
 
 
 def expert_counts(routing: Routing) -> Tensor:

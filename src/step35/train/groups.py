@@ -90,7 +90,7 @@ def apply_gradients(
         optimiser.zero_grad(set_to_none=True)
     if not finite:
         raise DivergedError(
-            f"{where}: loss={loss}, gradient norm={norm}. The update was not applied; resume from the last "
-            "checkpoint with a lower learning rate, or look at the curves in metrics.jsonl."
+            f"{where}: loss={loss}, gradient norm={norm}. The update was not applied. Look at the curves "
+            "(`step35 runs plot`), and start a run of its own (another --out) with a lower learning rate."
         )
     return norm

@@ -54,6 +54,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def summed_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Return the summed loss in nats; 0 (with a gradient of 0) when there is nothing to score."""
+    if not torch.is_grad_enabled():
+        rows, weight = max(1, CHUNK_ELEMENTS // len(weight_VD)), weight_VD.to(h_ND.dtype)
+        parts = zip(torch.split(h_ND, rows), torch.split(targets_N, rows), strict=True)
+        losses = [F.cross_entropy((h @ weight.T).float(), target, reduction="sum") for h, target in parts]
+        return torch.stack(losses).sum() if len(h_ND) else h_ND.new_zeros((), dtype=torch.float32)
     return ChunkedCrossEntropy.apply(h_ND, weight_VD, targets_N)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -19,7 +19,7 @@ from step35.model.init import clone_mtp
 from step35.model.step35 import Step35
 from step35.runtime.device import compute_dtype
 from step35.train import loss as losses
-from step35.train.balance import expert_counts, group_balance_loss, update_bias
+from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
 from step35.train.groups import apply_gradients, build_optimisers
 from step35.train.monitors import experts as expert_monitor
 from step35.train.schedule import learning_rate
@@ -101,7 +101,7 @@ class Learner:
             mtp = losses.prediction_loss(normed, module.head.weight, tokens, segments, targets, ahead=k + 2)
             loss = loss + weights[k] * mtp / totals[k + 1]
             tally.mtp[k] += mtp.item() / totals[k + 1]
-        self.routing = context.routing or []
+        self.routing = without_padding(context.routing or [], segments)
         if config.ep_weight and not config.freeze_router and self.routing:
             balance = torch.stack([group_balance_loss(r, config.ep_groups) for r in self.routing]).mean()
             loss = loss + share * config.ep_weight * balance

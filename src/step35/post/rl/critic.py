@@ -15,4 +15,4 @@ def make_critic(actor: Step35) -> Step35:
     critic.load_state_dict({k: v for k, v in actor.state_dict().items() if not k.startswith("mtp.")})
     critic.lm_head = Linear(actor.config.hidden_size, 1)
     nn.init.zeros_(critic.lm_head.weight)
-    return critic.to(dtype=torch.float32)
+    return critic.to(actor.embed_tokens.weight.device, torch.float32)

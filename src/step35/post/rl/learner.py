@@ -54,9 +54,14 @@ class Role:
         return self.lr * fall * min(1.0, self.updates / max(1, self.warmup))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return model, optimisers and update count."""
+        """Return model, optimisers, update count and compute dtype."""
         optimisers = [o.state_dict() for o in self.optimisers]
-        return {"model": self.model.state_dict(), "optimisers": optimisers, "updates": self.updates}
+        return {
+            "model": self.model.state_dict(),
+            "optimisers": optimisers,
+            "updates": self.updates,
+            "dtype": str(self.model.compute_dtype).removeprefix("torch."),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
@@ -64,6 +69,7 @@ class Role:
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.updates = state["updates"]
+        self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
 
 
 class RLLearner:
@@ -99,7 +105,7 @@ class RLLearner:
     def _train_actor(
         self, batch: TrajectoryBatch, advantages_BT: Tensor, kept_BT: Tensor, step: int
     ) -> dict[str, float]:
-        norms, losses, accepted = [], [], []
+        norms, losses, accepted, skipped = [], [], [], 0
         for rows in self._minibatches(len(batch.rewards_B), self.config.actor_batches, "actor", step):
             part = batch.rows(rows)
             width = part.tokens_BT.shape[1]
@@ -107,11 +113,19 @@ class RLLearner:
             kept = kept_BT[rows, :width]
             if self.config.mis_po.ratio_at == "update":
                 kept = mis_filter(logprobs_BT.detach(), part.infer_BT, part.mask_BT, self.config.mis_po).kept_BT
+            accepted.append(float(kept.sum() / part.mask_BT.sum().clamp(min=1)))
+            if not kept.any():  # no gradient, but momentum and decay would still move the weights
+                skipped += 1
+                continue
             loss = mis_po_loss(logprobs_BT, advantages_BT[rows, :width], kept)
             norms.append(self.actor.apply(loss, step))
             losses.append(loss.item())
-            accepted.append(float(kept.sum() / part.mask_BT.sum().clamp(min=1)))
-        return {"grad_norm": _mean(norms), "policy_loss": _mean(losses), "accept_both": _mean(accepted)}
+        return {
+            "grad_norm": _mean(norms),
+            "policy_loss": _mean(losses),
+            "accept_both": _mean(accepted),
+            "skipped_updates": skipped,
+        }
 
     def _train_critic(self, batch: TrajectoryBatch, returns_B: Tensor, step: int) -> dict[str, float]:
         norms, losses = [], []

@@ -6,7 +6,8 @@ ratios, lies in a narrow band; what passes is treated as on-policy:
 
     L = - mean over kept tokens of log pi_theta(a_t | s_t) * A_t
 
-The mean runs over kept tokens only: a filtered token counts neither above nor below the line.
+Eq. 2 is an expectation over all of the sampler's tokens, filtered ones counting as 0. Here the mean runs over kept
+tokens only: a filtered token counts neither above nor below the line, so the step does not shrink with acceptance.
 """
 
 # B responses  T tokens
