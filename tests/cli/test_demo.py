@@ -132,7 +132,7 @@ def test_other_settings_do_not_overwrite_a_run(unbroken: Any, process: Any, caps
     assert cli.main(["demo", "--out", str(unbroken.path), *process.demo_flags, "--rl.steps", "9"]) == 2
     error = capsys.readouterr().err
     assert "rl.steps: 2 in the folder, 9 now" in error
-    assert "--fresh" in error
+    assert "delete the folder" in error
     assert (unbroken.path / "config.json").read_bytes() == before
 
 

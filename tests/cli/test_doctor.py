@@ -50,12 +50,12 @@ def test_matmul_rate_counts_two_operations_per_product(monkeypatch):
     assert rate == pytest.approx(2 * 512**3 / 0.02)  # 256 is too quick to time, 512 takes long enough
 
 
-def test_presets_fit_by_bytes_per_parameter():
+def test_presets_fit_by_the_bytes_of_their_optimisers():
     memory = 1e9
     rows = {row["name"]: row for row in doctor._presets(memory, run_bytes=2)}
     mini = rows["mini"]
     assert mini["run_bytes"] == 2 * mini["parameters"] < 0.8 * memory
-    assert mini["train_bytes"] == 16 * mini["parameters"] > 0.8 * memory
+    assert 0.8 * memory < 12 * mini["parameters"] < mini["train_bytes"] < 16 * mini["parameters"]  # Muon and AdamW
     assert (mini["runs"], mini["trains"]) == (True, False)
     text = doctor.verdict(list(rows.values()))
     assert text == "Memory here is enough to train tiny and to run tiny, mini; too small for flash."

@@ -507,3 +507,32 @@ def test_only_verbs_that_resume_say_so(
     monkeypatch.setattr(cli, "run", stop)
     assert cli.main([verb]) == 130
     assert ("run the same command again" in capsys.readouterr().err) is continues
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_verb() -> None:
+    command = [sys.executable, "-m", "step35.cli.main", "generate", "--prompt", "-", "--max-tokens", "2"]
+    done = subprocess.run(command, input=b"\xff\xfe 1 + 1", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b" 1 + 1" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["prepare", "eval", "demo"])
+def test_a_file_where_a_folder_belongs_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine", encoding="utf-8")
+    assert "cannot be written" in message_of(capsys, [verb, "--out", str(file)])
+    assert "cannot be written" in message_of(capsys, [verb, "--out", str(file / "run")])
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_directory_is_not_its_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path / "export")
+    (tmp_path / "config.json").write_text('{"seed": 0}', encoding="utf-8")
+    error = message_of(capsys, ["generate", str(tmp_path)])
+    assert f"its checkpoint is {tmp_path / 'export'}" in error
+
+
+def test_the_surface_is_listed() -> None:
+    assert {"LLM", "SamplingParams", "chat", "load_model", "load_tokenizer", "save_model"} <= set(dir(step35))

@@ -81,7 +81,9 @@ def test_disk_errors_finds_a_wrapped_cause_and_passes_others(tmp_path):
     wrapped.__context__ = OSError(errno.ENOSPC, "full")
     with pytest.raises(DiskFullError), disk.disk_errors(tmp_path / "not" / "there"):
         raise wrapped
-    with pytest.raises(PermissionError), disk.disk_errors(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be written \(no\)"), disk.disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(OSError, match="broken"), disk.disk_errors(tmp_path):
+        raise OSError(errno.EIO, "broken")
     with pytest.raises(RuntimeError, match="other"), disk.disk_errors(tmp_path):
         raise RuntimeError("other")

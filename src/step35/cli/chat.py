@@ -1,6 +1,8 @@
 """Talk to a model in the terminal. Reasoning is dimmed; calls of the calculator are executed and shown.
 
-The model that comes with the package is tiny: ask it arithmetic in words, such as "What is 4821 * 77?".
+The model that comes with the package is tiny and knows one thing: sums, differences, products, whole quotients and
+remainders of two whole numbers of up to four digits. Ask "What is 4821 * 77?", "How much is 12 plus 30?", "Take 15
+away from 400.", "How many times does 12 fit into 500?" or "What is the remainder of 100 divided by 7?".
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Args(Config):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
     seed: int | None = None
+    """Seed of the sampling, above temperature 0."""
     dtype: str = "float32"
     """Dtype of weights and computation: float32, bfloat16 or float16."""
 

@@ -47,6 +47,7 @@ def main(args: Args) -> int:
     model_config = preset(args.preset)
     config = args.seeded()
     if args.dry_run:
+        model_config = model_config.model_copy(update={"vocab_size": config.prepare.vocab_size})
         show_settings(config, Console())
         describe_training(model_config, config.train, Console())
         describe_rl(model_config.with_mtp(3), config.rl, Console())
@@ -199,7 +200,7 @@ def show(run: RunDir, summary: dict[str, Any], console: Console) -> None:
     program = "step35" if shutil.which("step35") else os.path.relpath(sys.argv[0])
     for command in (
         f"{program} chat {run.path / 'export'}",
-        f'{program} generate {run.path / "export"} --prompt "def fibonacci(n):"',
+        f'{program} generate {run.path / "train" / "model"} --prompt "def fibonacci(n):"',
         f"{program} runs plot {run.path / 'rl'} --terminal",
         f"{program} demo --out runs/other --seed 1 --rl.steps 40",
     ):

@@ -28,8 +28,6 @@ EXTRAS = {
     "oracle": ("transformers",),
 }
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
-TRAIN_BYTES = 16
-"""Bytes per parameter to train: weight, gradient and two moments in fp32; activations come on top."""
 USABLE = 0.8
 """Share of the memory that weights may fill; the rest is for activations, cache and the system."""
 READ_BYTES = 2**28
@@ -145,13 +143,16 @@ def _presets(memory: float, *, run_bytes: int) -> list[dict[str, Any]]:
     """Return what each preset needs, in bytes, and whether `memory` holds it."""
     import torch
 
+    from step35.cli.dry_run import state_bytes
     from step35.model.step35 import Step35
+    from step35.train.groups import assign
 
     rows = []
     for name, build in PRESETS.items():
         with torch.device("meta"):  # shapes without memory, so the largest preset is counted too
-            parameters = sum(weight.numel() for weight in Step35(build()).parameters())
-        run, train = parameters * run_bytes, parameters * TRAIN_BYTES
+            named = dict(Step35(build()).named_parameters())
+        parameters = sum(weight.numel() for weight in named.values())
+        run, train = parameters * run_bytes, state_bytes(named, assign(build(), named, "muon"))
         room = memory * USABLE
         row = {"name": name, "parameters": parameters, "run_bytes": run, "train_bytes": train}
         rows.append({**row, "runs": run <= room, "trains": train <= room})

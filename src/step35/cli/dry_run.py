@@ -13,6 +13,7 @@ from step35.config.train import TrainConfig
 from step35.model.step35 import Step35
 from step35.post.rl.critic import make_critic
 from step35.runtime.console import Console
+from step35.runtime.machine import memory_bytes
 from step35.train.groups import Assignment, assign
 
 # fp32 weight, gradient and momentum under Muon; AdamW keeps one more.
@@ -41,6 +42,7 @@ def describe_training(model_config: ModelConfig, config: TrainConfig, console: C
         ("parameters", f"{total:,}"),
         ("active for one token, embeddings, heads and MTP included", f"{total - idle:,}"),
         ("weights, gradients and optimiser state", f"{state_bytes(named, table) / 1e9:.2f} GB"),
+        ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
         ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_tokens:,})"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * (total - idle) * tokens:.3g}"),
     ]
@@ -59,6 +61,7 @@ def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -
         ("parameters of the actor", f"{sum(p.numel() for p in actor.values()):,}"),
         ("parameters of the critic", f"{sum(p.numel() for p in critic.values()):,}"),
         ("both learners and the sampler's copy", f"{(sum(learning) + sampler) / 1e9:.2f} GB"),
+        ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
         ("responses", f"{responses:,} ({config.steps} rounds of {config.prompts} x {config.responses})"),
         ("sampled tokens, at most", f"{responses * config.max_turns * config.max_turn_tokens:,}"),
         ("actor updates", f"{config.steps * config.actor_batches:,}"),

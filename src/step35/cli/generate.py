@@ -18,14 +18,17 @@ class Args(Config):
 
     path: tyro.conf.Positional[Path] = SHIPPED
     """Checkpoint folder in the released layout."""
-    prompt: str = "def fibonacci(n):"
-    """Text to continue; "-" reads it from standard input."""
+    prompt: str | None = None
+    """Text to continue; "-" reads it from standard input. By default, a question for the calculator as `chat` asks it,
+    which is the text that the model of the package knows how to continue."""
     max_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate."""
     temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
     top_p: float = Field(default=0.95, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)
+    """Sample from the k likeliest tokens; 0 for all."""
     seed: int | None = None
     """Seed of the sampling; without one, each call differs."""
     speculate: int | None = Field(default=None, ge=0)
@@ -43,7 +46,7 @@ def main(args: Args) -> int:
 
     set_threads()
     llm = LLM(args.path, dtype=args.dtype)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = question() if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -52,11 +55,12 @@ def main(args: Args) -> int:
         seed=args.seed,
         speculate=len(llm.model.mtp) if args.speculate is None else args.speculate,
     )
-    print(prompt, end="", flush=True)
     started = time.perf_counter()
     tokens = passes = 0
     decoder = StreamDecoder(llm.tokenizer, skip_special=True)
     for new in llm.stream_ids(prompt, params):
+        if not passes:
+            print(prompt, end="", flush=True)
         tokens, passes = tokens + len(new), passes + 1
         print("".join(decoder.push(token) for token in new), end="", flush=True)
     print(decoder.flush())
@@ -66,3 +70,13 @@ def main(args: Args) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def question() -> str:
+    """Return the default prompt: one question in the chat format, the calculator on offer."""
+    from step35.agents.tools.calculator import Calculator
+    from step35.data import chat
+
+    return chat.render(
+        [{"role": "user", "content": "What is 4821 * 77?"}], [Calculator().schema], add_generation_prompt=True
+    )

@@ -7,6 +7,7 @@ then from `--config FILE`, then from flags.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from contextlib import suppress
@@ -30,6 +31,9 @@ VERBS = {
     "runs": "list, show and plot runs",
 }
 
+CONFIG_HELP = """
+
+`--config FILE` reads settings from TOML, or from JSON such as a run's own config.json; flags win over it."""
 RESUMABLE = ("demo", "prepare", "train", "sft", "rl", "eval")
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -38,6 +42,9 @@ BROKEN_PIPE = 141
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a byte that is no text is no reason to stop
     try:
         if not given or given[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -69,7 +76,8 @@ def run(verb: str, rest: list[str]) -> int:
     default = getattr(module, "DEFAULT", None)
     rest, default = _from_file(module.Args, default, rest)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    args = tyro.cli(module.Args, prog=f"step35 {verb}", description=module.__doc__, args=rest, **options)
+    description = f"{module.__doc__}{CONFIG_HELP if hasattr(module.Args, 'model_fields') else ''}"
+    args = tyro.cli(module.Args, prog=f"step35 {verb}", description=description, args=rest, **options)
     return int(module.main(args))
 
 

@@ -140,6 +140,9 @@ def _show(args: ShowArgs, console: Console) -> None:
         console.table("environment", ["fact", "value"], list(json.loads(env.read_text(encoding="utf-8")).items()))
     keys = [key for key in dict.fromkeys(key for record in records for key in record) if key not in ("step", "time")]
     metrics = [(key, value) for key in keys if (value := _last(records, key)) is not None]
+    summary = run / "summary.json"
+    if summary.is_file():
+        console.table("summary", ["figure", "value"], list(json.loads(summary.read_text(encoding="utf-8")).items()))
     title = f"metrics at step {records[-1].get('step')}" if records else "metrics: none yet"
     console.table(title, ["metric", "last value"], metrics)
     for event in events:
@@ -165,8 +168,11 @@ def _plot(args: PlotArgs, console: Console) -> None:
             raise ConfigError(
                 f"'{key}' is not a metric of {run}.{suggest(key, known)} Metrics: {', '.join(sorted(known))}."
             )
-    if not keys:
+    if not keys and known:
         raise ConfigError(f"{run} has no reward or loss yet; name metrics with --keys: {', '.join(sorted(known))}.")
+    if not keys:
+        inner = [str(path) for path in find_runs(run) if path != run and (path / "metrics.jsonl").is_file()]
+        raise ConfigError(f"{run} has no metrics of its own. Runs in it that have: {', '.join(inner) or 'none'}.")
     if args.terminal:
         for key in keys:
             _, values = charts.series(records, key)

@@ -37,6 +37,9 @@ def main(args: Args) -> int:
     config = TrainConfig.model_validate(args.model_dump(include=set(TrainConfig.model_fields)))
     if args.dry_run:
         model_config = preset(args.preset)
+        if (args.data / "prepare.json").is_file():
+            vocabulary = PreparedData.load(args.data).tokenizer.vocab_size
+            model_config = model_config.model_copy(update={"vocab_size": vocabulary})
         show_settings(args, Console())
         describe_training(model_config, config, Console())
         return 0

@@ -245,6 +245,9 @@ class ModelConfig(Config):
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); fetch or export the checkpoint again.") from None
+        for inner in ("export", "model"):
+            if isinstance(values, dict) and "hidden_size" not in values and (path.parent / inner).is_dir():
+                raise CheckpointError(f"{folder} is a run directory; its checkpoint is {path.parent / inner}.")
         return cls.from_released(values)
 
 

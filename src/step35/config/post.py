@@ -31,5 +31,8 @@ class EvalConfig(Config):
     speed_prompts: int = Field(default=16, ge=1)
     """Held-out prompts decoded one at a time, plain and speculative."""
     max_turns: int = Field(default=3, ge=1)
+    """Assistant turns a problem may take."""
     max_turn_tokens: int = Field(default=64, ge=1)
+    """Tokens an assistant turn may take."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the problems and samples."""

@@ -26,6 +26,7 @@ class RLConfig(Config):
     """One RL stage: `steps` rounds of rollouts, each followed by one epoch over them."""
 
     steps: int = Field(default=20, ge=1)
+    """Rounds."""
     prompts: int = Field(default=48, ge=1)
     """Fresh problems a round."""
     responses: int = Field(default=2, ge=1)
@@ -39,20 +40,27 @@ class RLConfig(Config):
     critic_batches: int = Field(default=12, ge=1)
     """Mini-batches of the critic's epoch (12 in the report)."""
     actor_lr: float = Field(default=5e-4, gt=0)
+    """Peak rate of the policy."""
     critic_lr: float = Field(default=1e-3, gt=0)
+    """Peak rate of the value model."""
     actor_warmup: int = Field(default=4, ge=0)
     """Actor updates over which its rate rises from 0."""
     critic_warmup: int = Field(default=12, ge=0)
+    """Critic updates over which its rate rises from 0."""
     final_lr_share: float = Field(default=0.2, ge=0, le=1)
     """Both rates fall linearly over the rounds to this share of their peak."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of matrices, times the rate."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a gradient; longer ones are scaled down."""
     negative_weight: float = Field(default=1.0, ge=0, le=1)
     """Factor on negative advantages. 1 is the report's; below, a small batch's failures, which say what not to do
     without saying what to do, disturb a small policy less."""
     mis_po: MISPOConfig = MISPOConfig()
     checkpoint_every: int = Field(default=4, ge=1)
+    """Rounds between checkpoints."""
     seed: int = Field(default=0, ge=0)
+    """Seed of problems, samples and mini-batches."""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
     """Compute dtype of the updates. float32 keeps training and inference log-probabilities equal, which the narrow
     trajectory band needs on responses this short."""

@@ -32,18 +32,26 @@ class TrainConfig(Config):
     """One training stage: `steps` updates on batches of `batch_rows` x `context` tokens."""
 
     steps: int = Field(default=400, ge=1)
+    """Updates to train for."""
     batch_rows: int = Field(default=16, ge=1)
+    """Rows of one update."""
     micro_rows: int = Field(default=16, ge=1)
     """Rows of one forward and backward pass; a batch is split into passes of this size."""
     context: int = Field(default=256, ge=8)
+    """Tokens of a row."""
     seed: int = Field(default=0, ge=0)
+    """Seed of initialisation and data order."""
     optim: Annotated[MuonConfig | AdamWConfig, Field(discriminator="kind")] = MuonConfig()
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate; Muon's update is scaled so that one rate serves both optimisers."""
     final_lr: float = Field(default=5e-4, ge=0)
+    """Rate at the end of the cosine."""
     warmup_steps: int = Field(default=20, ge=0)
+    """Updates over which the rate rises to its peak."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of matrices, times the rate; vectors do not decay."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; longer ones are scaled down."""
     mtp_weight: float = Field(default=0.3, ge=0)
     """Weight of the MTP losses together; depth k gets a share proportional to mtp_decay^k."""
     mtp_decay: float = Field(default=0.6, gt=0, le=1)
@@ -54,13 +62,17 @@ class TrainConfig(Config):
     ep_groups: int = Field(default=4, ge=1)
     """Expert groups of the balance loss, one per expert-parallel rank."""
     ep_weight: float = Field(default=1e-3, ge=0)
+    """Weight of the EP-group balance loss (eq. 1)."""
     freeze_router: bool = False
     """Keep router weights as they are (mid-training and SFT in the report)."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype; auto is bf16 where the device multiplies it natively."""
     checkpoint_every: int = Field(default=100, ge=1)
+    """Updates between checkpoints."""
     validate_every: int = Field(default=100, ge=1)
+    """Updates between measurements of the validation loss."""
     monitor_every: int = Field(default=20, ge=1)
+    """Updates between records of every expert's load, activation and norm."""
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> TrainConfig:

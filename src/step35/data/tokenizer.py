@@ -70,7 +70,12 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; special token strings in it become their ids, nothing is added."""
+        """Return the ids of `text`; special token strings in it become their ids, nothing is added.
+
+        Lone surrogates, which stand for input bytes that were no UTF-8, count as "?".
+        """
+        if not text.isascii():
+            text = text.encode(errors="replace").decode()
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:

@@ -128,7 +128,7 @@ class Stage:
         elapsed = max(time.monotonic() - self.started, 1e-6)
         rate = (self.done - self.first) / elapsed
         parts = [f"{self._count()} {self.unit}"]
-        if rate > 0:
+        if rate > 0 and elapsed >= 0.1:
             parts.append(f"{number(rate)} {self.unit}/s" if rate >= 0.1 else f"{number(1 / rate)} s/{self.unit}")
             if self.total is not None:
                 parts.append(f"ETA {duration(max(self.total - self.done, 0) / rate)}")

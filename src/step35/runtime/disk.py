@@ -14,14 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from step35.errors import DiskFullError
+from step35.errors import ConfigError, DiskFullError
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" below this block into `DiskFullError` naming `path`."""
+    """Turn "no space left" and "quota exceeded" below this block into `DiskFullError` naming `path`.
+
+    A place that cannot be written, such as a file where a folder belongs, becomes a `ConfigError`.
+    """
     try:
         yield
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
     except (OSError, RuntimeError) as error:
         if not _is_disk_full(error):
             raise
