@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from step35.config.base import Config
+from step35.config.cost import parts
 from step35.config.model import ModelConfig
 from step35.config.rl import RLConfig
 from step35.config.train import TrainConfig
@@ -36,15 +37,15 @@ def describe_training(model_config: ModelConfig, config: TrainConfig, console: C
         rows.append((row.name, shape, row.optimiser, len(row.sizes) or 1, "yes" if row.decays else "no"))
     console.table("who gets which optimiser", ["parameter", "shape", "optimiser", "packed matrices", "decay"], rows)
     total = sum(p.numel() for p in named.values())
-    idle = idle_parameters(model_config)
+    active = sum(part.active for part in parts(model_config))
     tokens = config.steps * config.batch_tokens
     figures = [
         ("parameters", f"{total:,}"),
-        ("active for one token, embeddings, heads and MTP included", f"{total - idle:,}"),
+        ("active for one token, embeddings, heads and MTP included", f"{active:,}"),
         ("weights, gradients and optimiser state", f"{state_bytes(named, table) / 1e9:.2f} GB"),
         ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
         ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_tokens:,})"),
-        ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * (total - idle) * tokens:.3g}"),
+        ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * active * tokens:.3g}"),
     ]
     console.table("dry run", ["figure", "value"], figures)
 
@@ -73,9 +74,3 @@ def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -
 def state_bytes(named: Mapping[str, torch.Tensor], table: Sequence[Assignment]) -> int:
     """Return the bytes of weights, gradients and optimiser state."""
     return sum(named[row.name].numel() * BYTES[row.optimiser] for row in table)
-
-
-def idle_parameters(config: ModelConfig) -> int:
-    """Return the parameters of the experts that one token does not visit."""
-    expert = 3 * config.hidden_size * config.moe_intermediate_size
-    return len(config.moe_layers_enum) * (config.moe_num_experts - config.moe_top_k) * expert

@@ -25,6 +25,7 @@ VERBS = {
     "sft": "fine-tune on conversations",
     "rl": "reinforcement learning with MIS-PO",
     "eval": "measure held-out accuracy, MTP acceptance and speed",
+    "inspect": "say what a model costs: parameters, cache, FLOPs",
     "convert": "write a model in the released layout in another dtype",
     "generate": "continue a text",
     "chat": "talk to a model that can use tools",
