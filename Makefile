@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow interop check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -14,6 +14,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Our numbers against transformers, vLLM and llama.cpp; the first time installs them under .interop/ (12 minutes).
+interop: $(STAMP)
+	PYTHON=$(PYTHON) tests/interop/install.sh
+	$(BIN)/python tests/interop/run.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

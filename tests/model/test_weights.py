@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from step35.config.model import ModelConfig
 from step35.errors import CheckpointError, ConfigError
+from step35.model.layout import released_parts
 from step35.model.step35 import Step35
 from step35.model.weights import INDEX, load_model, save_model
 
@@ -256,3 +260,79 @@ def test_weights_are_published_by_rename(
 
 def test_the_saved_config_reads_back(model: Step35, folder: Path) -> None:
     assert ModelConfig.read(folder).model_copy(update={"other_keys": {}}) == model.config
+
+
+def test_every_truncated_and_absent_file_is_named_at_once(model: Step35, tmp_path: Path) -> None:
+    save_model(model, tmp_path, shard_bytes=30_000)
+    first, second, third = sorted(tmp_path.glob("*.safetensors"))[:3]
+    first.write_bytes(first.read_bytes()[:100])
+    third.write_bytes(third.read_bytes()[:-1])
+    second.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path)
+    message = str(caught.value)
+    assert f"truncated or damaged: {first.name}" in message
+    assert f"absent: {second.name}" in message
+    assert f"truncated or damaged: {third.name}" in message
+    assert "missing" not in message
+
+
+@pytest.mark.parametrize("modules", [0, 1, 2])
+def test_mtp_modules_may_be_left_out(modules: int, model: Step35, folder: Path) -> None:
+    loaded = load_model(folder, mtp=modules)
+    assert loaded.config.num_nextn_predict_layers == len(loaded.mtp) == modules
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_its_mtp_tensors_loads_as_trunk(model: Step35, folder: Path) -> None:
+    kept = {name: t for name, t in load_file(folder / SINGLE).items() if not name.startswith("model.layers.5.")}
+    save_file(kept, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.5\.eh_proj"):
+        load_model(folder)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(folder, mtp=0)(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_more_modules_than_there_are_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"mtp=3 is not in 0\.\.2"):
+        load_model(folder, mtp=3)
+
+
+LOAD_AND_WATCH = """
+import sys, threading
+from step35.model.weights import load_model
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.0005):
+        seen.append(anonymous())
+
+load_model(sys.argv[1], dtype=sys.argv[3])  # what code and buffers take
+seen, done, before = [], threading.Event(), anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model(sys.argv[2], dtype=sys.argv[3])
+done.set()
+thread.join()
+print(max(seen) - before)
+"""
+"""Prints the most memory that a load took, file pages (which the system drops at will) not counted."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("float8", "bfloat16")])
+def test_loading_needs_the_model_and_one_tensor(
+    stored: str, dtype: str, make_model: Make, folder: Path, tmp_path: Path
+) -> None:
+    big = make_model(hidden_size=512, vocab_size=8192, moe_num_experts=32, moe_intermediate_size=256, mtp=1)
+    save_model(big, tmp_path / "big", dtype=stored, shard_bytes=2**24)
+    size = sum(p.numel() for p in big.parameters()) * getattr(torch, dtype).itemsize
+    largest = 4 * max(math.prod(part.shape) for _, part in released_parts(big.config))
+    arguments = [str(folder), str(tmp_path / "big"), dtype]
+    run = subprocess.run([sys.executable, "-c", LOAD_AND_WATCH, *arguments], capture_output=True, check=True)
+    assert size > 4 * largest
+    assert 0.9 * size < int(run.stdout) < size + largest

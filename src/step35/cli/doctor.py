@@ -20,6 +20,7 @@ from step35.runtime.disk import free_bytes
 
 EXTRAS = {
     "report": ("matplotlib",),
+    "gguf": ("gguf",),
     "data": ("pyarrow",),
     "serve": ("fastapi",),
     "agents": ("openai",),

@@ -22,6 +22,7 @@ from step35.agents.tools.calculator import Calculator
 from step35.api.messages import Message
 from step35.config.base import Config
 from step35.config.data import PrepareConfig
+from step35.config.model import ModelConfig
 from step35.config.post import SFTConfig
 from step35.config.presets import preset
 from step35.config.rl import RLConfig
@@ -35,7 +36,8 @@ from step35.engine.llm import LLM
 from step35.errors import ConfigError
 from step35.model.init import grow_mtp, initialise
 from step35.model.step35 import Step35
-from step35.model.weights import load_model, save_model
+from step35.model.tensors import ModelTensors, Tensors
+from step35.model.weights import load_model, save_tensors
 from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
@@ -212,11 +214,16 @@ def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Consol
 
 def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "float32") -> None:
     """Write model, tokenizer, chat template and generation config to `folder`, whole or not at all."""
+    publish_tensors(ModelTensors(model), model.config, tokenizer, folder, dtype=dtype)
+
+
+def publish_tensors(source: Tensors, config: ModelConfig, tokenizer: Tokenizer, folder: Path, *, dtype: str) -> None:
+    """Write a whole checkpoint folder from `source`, whole or not at all; `dtype` is one of `save_tensors`."""
     draft, former = (folder.with_name(folder.name + ending) for ending in (".tmp", ".former"))
     shutil.rmtree(draft, ignore_errors=True)
-    save_model(model, draft, dtype=dtype)
+    save_tensors(source, config, draft, dtype=dtype)
     tokenizer.save(draft)
-    write_generation_config(model, draft)
+    write_generation_config(config, draft)
     if folder.exists():
         shutil.rmtree(former, ignore_errors=True)
         folder.rename(former)
@@ -224,9 +231,8 @@ def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "
     shutil.rmtree(former, ignore_errors=True)
 
 
-def write_generation_config(model: Step35, folder: Path) -> None:
+def write_generation_config(config: ModelConfig, folder: Path) -> None:
     """Write `generation_config.json`: end tokens, and the report's decoding (temperature 1, top-p 1)."""
-    config = model.config
     content = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_id),

@@ -1,68 +1,112 @@
-"""Checkpoints in the released layout: safetensors in one file or in shards, read tensor by tensor, written in shards.
+"""Checkpoints in the released layout: loaded tensor by tensor, written shard by shard.
 
-Our packed parameters are filled slice by slice, so loading needs the model's own memory plus one tensor.
+Our packed parameters are filled slice by slice, so loading needs the model's own memory plus one tensor, and writing
+one shard at a time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from step35.config.model import ModelConfig
 from step35.errors import CheckpointError
+from step35.model.checkpoint_files import INDEX, CheckpointFiles
+from step35.model.fp8 import SCALE_SUFFIX, is_quantised, quantisation_config, quantise, scale_shape
+from step35.model.gguf import GGUFTensors
 from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.step35 import Step35
+from step35.model.tensors import ModelTensors, Tensors, check, fill
 from step35.runtime.disk import disk_errors
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes of a model in memory."""
+FORMATS = (*DTYPES, "float8")
+"""What a checkpoint may be written in; "float8" is the block-quantised FP8 format of `model/fp8.py`."""
 
 
-def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Step35:
-    """Load a checkpoint folder in the released layout; router weights and biases stay fp32.
+def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu", mtp: int | None = None) -> Step35:
+    """Load a checkpoint folder in the released layout, or a .gguf file; router weights and biases stay fp32.
 
+    `mtp` loads only the first so many MTP modules (0: the trunk and its head); None loads all that the config names.
     Raises `CheckpointError` for a folder that is no checkpoint, and for missing, unexpected, misshapen or truncated
     tensors (all named at once); `ConfigError` for a config that contradicts itself.
     """
-    folder = Path(path)
     target = dtype_named(dtype)
-    config = ModelConfig.read(folder)
+    config, source = open_checkpoint(path, mtp=mtp)
     with torch.device("meta"):
         model = Step35(config)
-    model.to_empty(device=device)
     _set_dtypes(model, target)
-    _fill(model, folder)
+    model.to_empty(device=device)
+    fill(model, source)
     return model.eval()
 
 
+def open_checkpoint(path: str | Path, *, mtp: int | None = None) -> tuple[ModelConfig, Tensors]:
+    """Return config and tensors of a checkpoint folder or a .gguf file, checked against each other, nothing read yet.
+
+    Arguments and errors are those of `load_model`.
+    """
+    path = Path(path)
+    source: Tensors
+    if path.suffix == ".gguf":
+        source = GGUFTensors(path)
+        whole = source.config()
+    else:
+        whole = ModelConfig.read(path)
+        source = CheckpointFiles(path, whole)
+    config = whole if mtp is None else _first_modules(whole, mtp, path)
+    check(source, config, also=frozenset(part.released for _, part in released_parts(whole)))
+    return config, source
+
+
 def save_model(model: Step35, path: str | Path, *, dtype: str = "float32", shard_bytes: int = 4 * 2**30) -> None:
-    """Write `config.json` and safetensors shards with an index into folder `path`, in the released names."""
+    """Write the model into folder `path`; see `save_tensors`."""
+    save_tensors(ModelTensors(model), model.config, path, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def save_tensors(
+    source: Tensors, config: ModelConfig, path: str | Path, *, dtype: str = "float32", shard_bytes: int = 4 * 2**30
+) -> None:
+    """Write `config.json` and safetensors shards with an index into folder `path`, in the released names.
+
+    `dtype` is one of `FORMATS`; router weights and biases stay fp32. One shard is in memory at a time.
+    """
+    if dtype not in FORMATS:
+        raise CheckpointError(f"dtype='{dtype}' is not supported; choose one of {', '.join(FORMATS)}.")
     folder = Path(path)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        shards = _shards(model, dtype_named(dtype), shard_bytes)
+        shards = _plan(config, dtype, shard_bytes)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, tensors in zip(names, shards, strict=True):
-            _publish(
-                folder / name,
-                lambda temporary, tensors=tensors: save_file(tensors, temporary, {"format": "pt"}),
-            )
-        where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
-        size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        where, size = {}, 0
+        for file, released in zip(names, shards, strict=True):
+            tensors = {name: tensor for r in released for name, tensor in _stored(r, source[r], dtype).items()}
+            _publish(folder / file, lambda temporary, tensors=tensors: save_file(tensors, temporary, {"format": "pt"}))
+            where.update(dict.fromkeys(tensors, file))
+            size += sum(tensor.nbytes for tensor in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
-        config = model.config.to_released()
-        config.pop("dtype", None)  # the newer spelling of the next key
-        _write_json(folder / "config.json", {**config, "torch_dtype": dtype})
+        _write_json(folder / "config.json", released_config(config, dtype))
         for stale in set(folder.glob("*.safetensors")) - {folder / name for name in names}:
             stale.unlink()
+
+
+def released_config(config: ModelConfig, dtype: str) -> dict[str, object]:
+    """Return the content of `config.json` for a checkpoint written as `dtype`."""
+    values = config.to_released()
+    for key in ("dtype", "quantization_config"):  # the newer spelling of torch_dtype; the format that was read
+        values.pop(key, None)
+    if dtype != "float8":
+        return {**values, "torch_dtype": dtype}
+    names = [part.released for _, part in released_parts(config)]
+    return {**values, "torch_dtype": "bfloat16", "quantization_config": quantisation_config(names)}
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -72,25 +116,46 @@ def dtype_named(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def released_tensors(model: Step35, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its released name, contiguous, in `dtype` (router weights and biases in fp32)."""
-    state = model.state_dict()
-    for name, part in released_parts(model.config):
-        tensor = state[name].detach().narrow(part.dim, part.start, part.length).to("cpu")
-        keep = part.released.endswith(FP32_NAMES)
-        yield part.released, tensor.to(torch.float32 if keep else dtype).contiguous().clone()
+def _first_modules(config: ModelConfig, modules: int, path: Path) -> ModelConfig:
+    if not 0 <= modules <= config.num_nextn_predict_layers:
+        raise CheckpointError(
+            f"mtp={modules} is not in 0..{config.num_nextn_predict_layers}, the MTP modules of {path}; lower it."
+        )
+    return config.with_mtp(modules)
 
 
-def _shards(model: Step35, dtype: torch.dtype, shard_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _stored(released: str, tensor: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return what a checkpoint in `dtype` stores for one released tensor, under the stored names."""
+    if released.endswith(FP32_NAMES):
+        tensors = {released: tensor.float()}
+    elif dtype == "float8" and is_quantised(released):
+        numbers, scale = quantise(tensor)
+        tensors = {released: numbers, released + SCALE_SUFFIX: scale}
+    else:
+        tensors = {released: tensor.to(DTYPES.get(dtype, torch.bfloat16))}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _plan(config: ModelConfig, dtype: str, shard_bytes: int) -> list[list[str]]:
+    """Return the released names of each shard; none is opened before the one before it is full."""
+    shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in released_tensors(model, dtype):
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
+    for _, part in released_parts(config):
+        size = _stored_bytes(part.released, part.shape, dtype)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
+        shards[-1].append(part.released)
+        filled += size
     return shards
+
+
+def _stored_bytes(released: str, shape: tuple[int, ...], dtype: str) -> int:
+    if released.endswith(FP32_NAMES):
+        return 4 * math.prod(shape)
+    if dtype == "float8" and is_quantised(released):
+        return math.prod(shape) + 4 * math.prod(scale_shape(shape))
+    return DTYPES.get(dtype, torch.bfloat16).itemsize * math.prod(shape)
 
 
 def _set_dtypes(model: Step35, dtype: torch.dtype) -> None:
@@ -101,74 +166,7 @@ def _set_dtypes(model: Step35, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
-def _fill(model: Step35, folder: Path) -> None:
-    """Copy every released tensor into its slice, collecting all problems before raising."""
-    files = _locate(folder)
-    state = model.state_dict()
-    wanted = {part.released: (name, part) for name, part in released_parts(model.config)}
-    problems = [f"unexpected: {name}" for name in files if name not in wanted]
-    found = set()
-    for file in sorted(set(files.values())):
-        with _opened(file) as tensors:
-            for released in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                if released not in wanted:
-                    continue
-                found.add(released)
-                name, part = wanted[released]
-                tensor = tensors.get_tensor(released)
-                if tuple(tensor.shape) != part.shape:
-                    problems.append(
-                        f"misshapen: {released} is {list(tensor.shape)}, config.json asks {list(part.shape)}"
-                    )
-                    continue
-                with torch.no_grad():
-                    state[name].narrow(part.dim, part.start, part.length).copy_(tensor)
-    problems = [f"missing: {name}" for name in wanted if name not in found] + problems
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{folder} does not match its config.json:\n  {shown}\n"
-            "Export or fetch the checkpoint again, or correct config.json."
-        )
-
-
-def _locate(folder: Path) -> Mapping[str, Path]:
-    """Return the file that holds each tensor, from the index or from the files themselves."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{index} is not an index of tensors ({error!r}); fetch or export it again."
-            ) from None
-        absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if absent:
-            raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(absent)}; fetch them.")
-        return {name: folder / file for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has a config.json but no *.safetensors file; export or fetch the weights.")
-    located = {}
-    for file in files:
-        with _opened(file) as tensors:
-            located.update(dict.fromkeys(tensors.keys(), file))
-    return located
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        handle = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); it is {file.stat().st_size} bytes and probably truncated. Copy it again."
-        ) from None
-    with handle as tensors:
-        yield tensors
-
-
-def _publish(path: Path, write: object) -> None:
+def _publish(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name and rename, so that a file under its final name is always whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
