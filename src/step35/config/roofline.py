@@ -3,8 +3,9 @@
 A step is one pass of the trunk over `drafts` + 1 tokens of each sequence, then `drafts` passes of MTP modules, one
 after the other. A pass takes the longer of reading (weights once, cache once a sequence) and computing, and then its
 collectives, which nothing hides. Weights split evenly over the devices, experts too; keys and values down to one
-head a device. Left out: launches, sampling, scheduling, uneven experts, devices below their peak. A measured speed is
-lower.
+head a device. Left out: launches, sampling, scheduling, devices that wait for others or run below their peak. So a
+measured speed is lower. One assumption may err the other way: experts are taken to be chosen evenly and independently,
+and tokens that choose alike read fewer of them.
 """
 
 from __future__ import annotations
