@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from step35.config.model import FULL
@@ -46,3 +48,11 @@ def test_prefill_by_hand() -> None:
     ffn = 3 * 2048 * (6144 + 47 * 9 * 768) + 47 * 128 * 2048
     scores = 48 * 4 * 32 * 128 * 65_536 / 2
     assert prefill(config, 65_536) == pytest.approx(2 * (projections + ffn) + scores, rel=1e-3)
+
+
+def test_the_document_shows_these_figures() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    for e in entries():
+        prefill_cells = f"{e.prefill:.3f} | {e.prefill_reported:.2f} | {e.prefill_deviation:+.1%}"
+        decode_cells = f"{e.decode:.3f} | {e.decode_reported:.2f} | {e.decode_deviation:+.1%} | {e.decode_plain:.3f}"
+        assert f"| {e.model} | {e.layout} | {e.context // 1024}k | {prefill_cells} | {decode_cells} |" in text

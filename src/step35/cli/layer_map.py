@@ -131,8 +131,8 @@ def _box(config: ModelConfig, index: int, top: int) -> str:
             f'<rect x="{x}" y="{y + half}" width="{BOX[0]}" height="{half}" fill="{COLOURS[ffn]}"/>',
             f'<rect class="layer" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" fill="none" '
             f'stroke="{edge}" stroke-width="{2 if clipped else 1}"{dashes}/>',
-            _text(x + 6, y + 14, f"{index} {'MTP' if mtp else ''}", size=11, fill=ink, weight="bold"),
-            _text(x + 6, y + 27, f"{seen} · {layer.heads}q {layer.kv_heads}kv", size=11, fill=ink),
+            _text(x + 6, y + 14, f"{index}{' MTP' if mtp else ''} {seen}", size=11, fill=ink, weight="bold"),
+            _text(x + 6, y + 27, f"{layer.heads} q, {layer.kv_heads} kv", size=11, fill=ink),
             _text(x + 6, y + half + 20, f"{ffn}{clip}", size=11),
             "</g>",
         ]

@@ -37,7 +37,10 @@ LAWS = {
     "tokens": ("20 x active parameters", "Hoffmann et al. 2022 (arXiv:2203.15556), for dense models"),
     "training FLOPs": ("3 x prefill FLOPs x tokens, without head", "forward once, backward twice"),
     "batch tokens": ("0.2920 x FLOPs^0.3271", "DeepSeek LLM 2024 (arXiv:2401.02954), for dense models"),
-    "peak learning rate": ("0.3118 x FLOPs^-0.1250", "the same; Muon's scale 0.2 sqrt(max side) keeps AdamW's rates"),
+    "peak learning rate": (
+        "0.3118 x FLOPs^-0.1250",
+        "the same; Muon keeps AdamW's rates by its scale (arXiv:2502.16982)",
+    ),
     "final learning rate": ("peak / 5", "the report's stage 1: 2.5e-4 to 5e-5"),
 }
 """What each figure follows, and where that comes from."""
