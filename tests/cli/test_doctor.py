@@ -58,7 +58,7 @@ def test_presets_fit_by_the_bytes_of_their_optimisers():
     assert 0.8 * memory < 12 * mini["parameters"] < mini["train_bytes"] < 16 * mini["parameters"]  # Muon and AdamW
     assert (mini["runs"], mini["trains"]) == (True, False)
     text = doctor.verdict(list(rows.values()))
-    assert text == "Memory here is enough to train tiny and to run tiny, mini; too small for flash."
+    assert text == "Memory here is enough to train tiny and to run tiny, mini; too small for 30b-a3b, 100b-a10b, flash."
 
 
 def test_missing_extras_name_their_command(monkeypatch):

@@ -16,7 +16,7 @@ class Args(TrainConfig):
     data: Path = Path("runs/data")
     """Folder made by `step35 prepare`."""
     preset: str = "tiny"
-    """Model preset: tiny, mini or flash."""
+    """Model preset: tiny, mini, 30b-a3b, 100b-a10b, flash, or scale-N with N trunk layers."""
     dry_run: bool = False
     """Print the resolved settings, optimisers, memory and FLOPs, and stop."""
 

@@ -55,7 +55,7 @@ def parts(config: ModelConfig) -> list[Part]:
         _whole("routers", len(moe) * config.moe_num_experts * (width + 1)),
         _whole("norms", (2 * len(trunk) + 1) * width),
         _whole("output head", vocabulary * width),
-        _whole("MTP, without heads", sum(_mtp_module(config, layer) for layer in extra)),
+        _whole("MTP, without heads", sum(mtp_module(config, layer) for layer in extra)),
         _whole("MTP heads", len(extra) * vocabulary * width),
     ]
     return [row for row in rows if row.total]
@@ -85,23 +85,31 @@ def cost(config: ModelConfig, context: int, *, weight_bytes: float = 2, cache_by
     """
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
     used = active_parameters(config) + config.vocab_size * config.hidden_size
-    scores = sum(4 * la.heads * la.head_dim * _seen(la, context) for la in layers)
-    mean_scores = sum(4 * la.heads * la.head_dim * _mean_seen(la, context) for la in layers)
-    kept = sum(2 * la.kv_heads * la.head_dim * _seen(la, context) for la in layers)
+    kept = sum(kept_elements(la, context) for la in layers)
     return Cost(
         context=context,
         cache_bytes=round(kept * cache_bytes),
-        decode_flops=2.0 * used + scores,
-        prefill_flops=2.0 * used + mean_scores,
+        decode_flops=2.0 * used + sum(scores(la, context) for la in layers),
+        prefill_flops=2.0 * used + sum(scores(la, context, mean=True) for la in layers),
         read_bytes=round(used * weight_bytes + kept * cache_bytes),
     )
+
+
+def scores(layer: LayerConfig, context: int, *, mean: bool = False) -> float:
+    """Return the FLOPs of a query's scores and values: the last of `context` tokens, or the mean of all."""
+    return 4 * layer.heads * layer.head_dim * (_mean_seen(layer, context) if mean else _seen(layer, context))
+
+
+def kept_elements(layer: LayerConfig, context: int) -> int:
+    """Return the numbers in one sequence's keys and values: all tokens', or those in the window."""
+    return 2 * layer.kv_heads * layer.head_dim * _seen(layer, context)
 
 
 def _whole(name: str, count: int) -> Part:
     return Part(name, count, count)
 
 
-def _mtp_module(config: ModelConfig, layer: LayerConfig) -> int:
+def mtp_module(config: ModelConfig, layer: LayerConfig) -> int:
     """Return the parameters of an MTP module: joint projection, attention, dense FFN, and five norms."""
     width = config.hidden_size
     return 2 * width * width + attention(config, layer) + 3 * width * config.intermediate_size + 5 * width
