@@ -52,7 +52,7 @@ def quantise(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_into(out: Tensor, numbers: Tensor, scale: Tensor, block: int = BLOCK) -> None:
-    """Write numbers * scale (..., R, C) into `out`, rounded once to its dtype; a band of rows is in memory at a time."""
+    """Write numbers * scale (..., R, C) into `out`, rounded once, holding a band of rows at a time."""
     if numbers.ndim > 2:
         for one_out, one_numbers, one_scale in zip(out, numbers, scale, strict=True):
             dequantise_into(one_out, one_numbers, one_scale, block)
