@@ -1,0 +1,65 @@
+"""`step35 convert` between safetensors, FP8 and GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from step35.cli import main as cli
+from step35.data.tokenizer import load_tokenizer
+from step35.model.weights import load_model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_and_back_changes_nothing(dtype: str, micro_checkpoint: Path, tmp_path: Path) -> None:
+    stored, file, back = tmp_path / "stored", tmp_path / "model.gguf", tmp_path / "back"
+    assert cli.main(["convert", str(micro_checkpoint), str(stored), "--dtype", dtype]) == 0
+    assert cli.main(["convert", str(stored), str(file), "--to", "gguf", "--dtype", "float32"]) == 0
+    assert cli.main(["convert", str(file), str(back), "--dtype", dtype]) == 0
+    for one, other in zip(sorted(stored.iterdir()), sorted(back.iterdir()), strict=True):
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_fp8_and_back_is_near(micro_checkpoint: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", str(micro_checkpoint), str(tmp_path / "fp8"), "--dtype", "float8"]) == 0
+    assert cli.main(["convert", str(tmp_path / "fp8"), str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
+    expected, found = load_model(micro_checkpoint), load_model(tmp_path / "back")
+    for name, tensor in expected.state_dict().items():
+        error = (found.state_dict()[name] - tensor).abs().max()
+        assert error <= tensor.abs().max() / 14, name  # 1/16 of FP8, then bf16
+    assert not torch.equal(expected.layers[1].moe.experts.down_proj, found.layers[1].moe.experts.down_proj)
+
+
+def test_modules_can_be_left_out(micro_checkpoint: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", str(micro_checkpoint), str(tmp_path / "trunk"), "--mtp", "0"]) == 0
+    assert len(load_model(tmp_path / "trunk").mtp) == 0
+    assert cli.main(["generate", str(tmp_path / "trunk"), "--prompt", "What", "--max-tokens", "3"]) == 0
+
+
+def test_a_gguf_file_keeps_its_tokenizer_and_speaks(micro_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    assert cli.main(["convert", str(micro_checkpoint), str(file), "--to", "gguf", "--dtype", "q8_0"]) == 0
+    assert cli.main(["convert", str(file), str(tmp_path / "back")]) == 0
+    text = "What is 12 * 7? <think>"
+    assert load_tokenizer(tmp_path / "back").encode(text) == load_tokenizer(micro_checkpoint).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "message"),
+    [
+        ("folder", ["--to", "gguf"], "must be a file that ends in .gguf"),
+        ("m.gguf", ["--to", "gguf", "--dtype", "float8"], "dtype=float8 is not a GGUF format"),
+        ("folder", ["--dtype", "q8_0"], "exists in GGUF files only; add --to gguf"),
+        ("folder", ["--mtp", "5"], "mtp=5 is not in 0..2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    out: str, arguments: list[str], message: str, micro_checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert cli.main(["convert", str(micro_checkpoint), str(tmp_path / out), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
