@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow interop check format clean
+.PHONY: demo test test-slow interop bench-model check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -19,6 +19,11 @@ test-slow: $(STAMP)
 interop: $(STAMP)
 	PYTHON=$(PYTHON) tests/interop/install.sh
 	$(BIN)/python tests/interop/run.py
+
+# Training and inference speed of the model beside transformers; wants an idle machine.
+bench-model: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[oracle]"
+	$(BIN)/python benchmarks/model.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -138,9 +138,16 @@ def visible_by_gradient(attention: Attention, tokens: int) -> list[list[bool]]:
     return [(torch.autograd.grad(y @ direction, x_BTD, retain_graph=True)[0][0] != 0).any(-1).tolist() for y in y_TD]
 
 
-@pytest.mark.parametrize("tokens", [16, 17, 24, 29])
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let texts of tens of tokens take the paths that thousands take."""
+    monkeypatch.setattr(kernels, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(kernels, "SHORT_DOCUMENT", 4)
+
+
+@pytest.mark.parametrize("tokens", [8, 12, 13, 24, 29])
 def test_a_sliding_query_sees_exactly_window_keys_itself_included(make_model: Make, tokens: int) -> None:
-    # Up to 16 tokens take the reference path, more the banded one.
+    # 8 tokens fit the window, 12 are masked, more take the banded path.
     seen = visible_by_gradient(make_model().layers[SLIDING].attention, tokens)
     assert seen == [[0 <= t - s < 8 for s in range(tokens)] for t in range(tokens)]
 
@@ -164,19 +171,21 @@ def test_logits_depend_on_no_later_token(make_model: Make) -> None:
         assert difference[s] > 1e-2
 
 
-@pytest.mark.parametrize("window", [1, 3, 8])
-@pytest.mark.parametrize("tokens", [1, 8, 13, 24, 31])
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 20])
+@pytest.mark.parametrize("tokens", [1, 8, 13, 24, 31, 64])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_banded_path_equals_the_reference(tokens: int, window: int, packed: bool) -> None:
+def test_the_fast_paths_equal_the_reference(tokens: int, window: int | None, packed: bool) -> None:
     positions = torch.arange(tokens).expand(2, -1)
     segments = torch.zeros(2, tokens, dtype=torch.long)
     if packed:
         segments[0, tokens // 3 :], segments[0, tokens // 2 :], segments[1, tokens - 4 :] = 1, 2, -1
     mask = kernels.visible(positions, positions, window) & kernels.same_document(segments, segments)
     results = []
-    for banded in (False, True):
+    for fast in (False, True):
         q, k, v = (random(2, tokens, heads, 16, seed=heads + i).requires_grad_() for i, heads in enumerate((4, 2, 2)))
-        if banded:
+        if fast and window is None:
+            y = kernels.attend_documents(q, k, v, kernels.document_lengths(segments))
+        elif fast:
             y = kernels.attend_banded(q, k, v, kernels.band_mask(positions, segments, window), window)
         else:
             y = kernels.attend(q, k, v, mask)
@@ -185,10 +194,45 @@ def test_the_banded_path_equals_the_reference(tokens: int, window: int, packed: 
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("segments", "lengths"),
+    [
+        ([[0, 0, 0, 0]], [4]),
+        ([[0, 0, 1, 1], [0, 1, 1, -1]], [2, 2, 1, 2, 1]),
+        ([[0, 0], [0, 0]], [2, 2]),  # rows are borders
+        ([[3, 3, 5, 3]], [2, 1, 1]),
+    ],
+)
+def test_documents_are_told_by_their_borders(segments: list[list[int]], lengths: list[int]) -> None:
+    assert kernels.document_lengths(torch.tensor(segments)) == lengths
+
+
+def test_scores_of_a_window_grow_with_the_window_not_the_text() -> None:
+    # The banded path computes (W + Q) scores a query, Q a quarter of the window.
+    for tokens in (4096, 16384):
+        positions = torch.arange(tokens)[None]
+        mask = kernels.band_mask(positions, torch.zeros_like(positions), 512)
+        assert mask.numel() == tokens * (512 + 128)
+        assert mask.sum() == sum(min(t + 1, 512) for t in range(tokens))
+
+
+@torch.no_grad()
+def test_the_path_fits_the_documents(make_model: Make) -> None:
+    def path(lengths: list[int], window: int | None) -> str:
+        segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+        return Context.packed(segments, segments)._path(window)
+
+    assert path([13], 8) == "banded"
+    assert path([8, 5], 8) == "documents"  # none is longer than the window: it hides nothing
+    assert path([12], 8) == "packed"  # as wide as one band
+    assert path([40], None) == path([20, 20], None) == "documents"
+    assert path([2] * 20, None) == "packed"  # a call for each would take longer
+
+
 @torch.no_grad()
 def test_packed_documents_equal_separate_ones(make_model: Make) -> None:
     model = make_model()
-    lengths = [5, 21, 3]  # 29 tokens take the banded path, the documents alone take both
+    lengths = [5, 21, 3]  # 29 tokens take the banded path, the documents alone take all
     documents = [random_tokens(1, length, seed=length) for length in lengths]
     segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     packed = model(torch.cat(documents, dim=1), mtp=True, segments_BT=segments)

@@ -23,7 +23,7 @@ TARGETS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
 
 @pytest.mark.parametrize("rows", [1, 4, 23, 1000])
 def test_chunks_equal_cross_entropy_forward_and_backward(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", rows)
     results = []
     for chunked in (False, True):
         h, weight = random(N, D).requires_grad_(), random(V, D, seed=1).requires_grad_()
@@ -37,7 +37,7 @@ def test_chunks_equal_cross_entropy_forward_and_backward(rows: int, monkeypatch:
 
 
 def test_bf16_states_keep_fp32_loss_and_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 4)
     h, weight = random(N, D).bfloat16().requires_grad_(), random(V, D, seed=1).requires_grad_()
     total = losses.summed_cross_entropy(h, weight, TARGETS)
     ours = torch.autograd.grad(total, (h, weight))
@@ -131,7 +131,7 @@ def test_module_weights_share_the_total_in_geometric_proportion() -> None:
 
 
 def test_without_gradients_the_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 3 * 11)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 3)
     h, weight, targets = random(7, 5), random(11, 5, seed=1), torch.tensor([0, 3, 10, 3, 5, 7, 1])
     with torch.no_grad():
         found = losses.summed_cross_entropy(h, weight, targets)

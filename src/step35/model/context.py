@@ -71,10 +71,25 @@ class Context:
         if self.cache is not None:
             k, v = self.cache.extend(layer.index, k_BTKC, v_BTKC)
             return kernels.attend(q_BTHC, k, v, self._mask("cached", layer.window))
-        if layer.window is not None and q_BTHC.shape[1] > 2 * layer.window:
-            mask = self._mask("banded", layer.window)
+        path = self._path(layer.window)
+        if path == "documents":
+            return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
+        mask = self._mask(path, layer.window)
+        if path == "banded":
             return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
-        return kernels.attend(q_BTHC, k_BTKC, v_BTKC, self._mask("packed", layer.window))
+        return kernels.attend(q_BTHC, k_BTKC, v_BTKC, mask)
+
+    def _path(self, window: int | None) -> str:
+        """Return how to attend: in bands where a window hides keys, else by documents unless they are short."""
+        lengths, tokens = self._lengths(), self.positions_BT.shape[1]
+        if window is not None and max(lengths) > window:
+            return "banded" if tokens > kernels.band_width(window) else "packed"
+        return "documents" if self.positions_BT.numel() >= kernels.SHORT_DOCUMENT * len(lengths) else "packed"
+
+    def _lengths(self) -> list[int]:
+        if "lengths" not in self._memo:
+            self._memo["lengths"] = kernels.document_lengths(self.segments_BT)
+        return self._memo["lengths"]
 
     def _mask(self, form: str, window: int | None) -> Tensor:
         key = (form, window)

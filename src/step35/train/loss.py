@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**20
-"""Logits computed at once: 4 MB in fp32, about what the caches near two cores hold."""
+CHUNK_ROWS = 256
+"""Positions whose logits exist at once; fewer would read the head's matrix more often than its products take."""
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """Floor of a target's probability: the loss of one token is at most 87 nats."""
@@ -31,9 +31,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         total = h_ND.new_zeros((), dtype=torch.float32)
-        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        rows = min(CHUNK_ROWS, len(h_ND))
         buffer = h_ND.new_empty(rows, len(weight))  # reused: fresh pages cost more than the product that fills them
-        for start in range(0, len(h_ND), rows):
+        for start in range(0, len(h_ND), max(1, rows)):
             h, target = h_ND[start : start + rows], targets_N[start : start + rows, None]
             logits = torch.mm(h, weight.T, out=buffer[: len(h)])
             p = logits.softmax(-1, dtype=torch.float32)
@@ -55,7 +55,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def summed_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Return the summed loss in nats; 0 (with a gradient of 0) when there is nothing to score."""
     if not torch.is_grad_enabled():
-        rows, weight = max(1, CHUNK_ELEMENTS // len(weight_VD)), weight_VD.to(h_ND.dtype)
+        rows, weight = CHUNK_ROWS, weight_VD.to(h_ND.dtype)
         parts = zip(torch.split(h_ND, rows), torch.split(targets_N, rows), strict=True)
         losses = [F.cross_entropy((h @ weight.T).float(), target, reduction="sum") for h, target in parts]
         return torch.stack(losses).sum() if len(h_ND) else h_ND.new_zeros((), dtype=torch.float32)

@@ -1,0 +1,224 @@
+"""Speed of the model on this machine: ours beside transformers' text model, same weights, dtype and threads, one run.
+
+Measured at each length T, for one sequence: prefill (logits at all positions) and training (loss and gradients; no
+optimiser, no MTP) in tokens/s. The share of time spent in sliding-window attention and in all attention is found by
+leaving its scores and sums out; what remains is held against the measured peak of matrix products.
+
+    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype float32] [--out FILE]
+
+The last line is JSON with the ratios; the result file holds everything, with command, commit and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from step35.config.cost import active_parameters
+from step35.config.model import LayerConfig
+from step35.config.presets import preset
+from step35.model.context import Context
+from step35.model.init import initialise
+from step35.model.step35 import Step35
+from step35.model.weights import save_model
+from step35.runtime.console import Console
+from step35.runtime.device import set_threads
+from step35.runtime.machine import environment
+from step35.train.loss import summed_cross_entropy
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="time to spend on each measurement")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/model-PRESET-DTYPE.json")
+    args = parser.parse_args()
+    threads = set_threads()
+    dtype = getattr(torch, args.dtype)
+    console = Console()
+    ours = Step35(preset(args.preset).with_mtp(0))
+    initialise(ours, torch.Generator().manual_seed(0))
+    theirs = load_transformers(ours).to(dtype)
+    ours.to(dtype)
+    for layer in ours.layers:
+        if layer.moe:
+            layer.moe.router.float()  # as loading does
+    peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    rows = []
+    for length in args.lengths:
+        tokens = torch.randint(16, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+        row = measure(ours, theirs, tokens, args.seconds)
+        row["non_attention_of_peak"] = row["non_attention_flops"] / peaks[args.dtype]
+        row["non_attention_of_bfloat16_peak"] = row["non_attention_flops"] / peaks["bfloat16"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    ratios = summary(rows)
+    show(rows, console)
+    result = {
+        "command": " ".join(["python", "benchmarks/model.py", *sys.argv[1:]]),
+        "environment": environment() | {"threads": threads, "transformers": transformers.__version__},
+        "preset": args.preset, "dtype": args.dtype, "matmul_peak_flops": peaks, "rows": rows, "ratios": ratios,
+    }  # fmt: skip
+    out = args.out or RESULTS / f"model-{args.preset}-{args.dtype}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(ratios))
+
+
+def load_transformers(model: Step35) -> torch.nn.Module:
+    """Return transformers' model with the same weights, read by its own loader from the released layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder)
+        path = Path(folder) / "config.json"
+        text = json.loads(path.read_text())
+        wrapped = {
+            "architectures": ["Step3p7ForConditionalGeneration"],
+            "model_type": "step3p7",
+            "image_token_id": text["vocab_size"] - 1,
+            "text_config": text,
+            "vision_config": {"width": 32, "layers": 1, "heads": 2, "image_size": 56, "patch_size": 14},
+        }  # transformers knows this text model only inside the multimodal one
+        path.write_text(json.dumps(wrapped))
+        return transformers.Step3p7ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+
+class Ablated(Context):
+    """A pass whose layers of some kinds skip attention's scores and sums: each query takes its own value."""
+
+    skipped: tuple[str, ...] = ()
+
+    def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        if layer.kind not in self.skipped:
+            return super().attend(layer, q_BTHC, k_BTKC, v_BTKC)
+        return q_BTHC + (k_BTKC + v_BTKC).repeat_interleave(layer.heads // layer.kv_heads, dim=2)
+
+
+def train_ours(model: Step35, tokens: Tensor, skipped: tuple[str, ...] = ()) -> None:
+    """Run one forward and backward pass."""
+    context = Ablated.packed(tokens)
+    context.skipped = skipped
+    h_ND = model.norm(model.trunk(tokens, context))[0, :-1]
+    (summed_cross_entropy(h_ND, model.lm_head.weight, tokens[0, 1:]) / len(h_ND)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def train_theirs(model: torch.nn.Module, tokens: Tensor) -> None:
+    """Run one forward and backward pass, the loss as transformers computes it."""
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def measure(
+    ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: float, console: Console
+) -> dict[str, float]:
+    """Return tokens/s, shares and FLOP/s at one length; ours and theirs run in turn, the fastest of each counts."""
+    length = tokens.shape[1]
+    with torch.inference_mode():
+        output, expected = ours(tokens).logits, theirs(input_ids=tokens).logits.float()
+        error = float((output - expected).norm() / expected.norm())
+        del output, expected
+        forward, forward_theirs = fastest([lambda: ours(tokens), lambda: theirs(input_ids=tokens)], seconds)
+    training, training_theirs = fastest(
+        [lambda: train_ours(ours, tokens), lambda: train_theirs(theirs, tokens)], seconds
+    )
+    whole, no_sliding, no_attention = fastest(
+        [
+            lambda skipped=skipped: train_ours(ours, tokens, skipped)
+            for skipped in ((), ("sliding",), ("full", "sliding"))
+        ],
+        seconds,
+    )
+    used = active_parameters(ours.config) + ours.lm_head.weight.numel()
+    return {
+        "length": length,
+        "relative_error": error,
+        "forward_tokens_per_s": length / forward,
+        "forward_tokens_per_s_transformers": length / forward_theirs,
+        "forward_ratio": forward_theirs / forward,
+        "training_tokens_per_s": length / training,
+        "training_tokens_per_s_transformers": length / training_theirs,
+        "training_ratio": training_theirs / training,
+        "sliding_share": 1 - no_sliding / whole,
+        "attention_share": 1 - no_attention / whole,
+        "sliding_s_per_token": (whole - no_sliding) / length,
+        "non_attention_flops": 6 * used * length / no_attention,
+    }
+
+
+def fastest(works: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Run the works in turn until `seconds` have passed, each at least once; return the least time of each."""
+    best = [math.inf] * len(works)
+    began = time.perf_counter()
+    while math.inf in best or time.perf_counter() - began < seconds:
+        for i, work in enumerate(works):
+            start = time.perf_counter()
+            work()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """Return the FLOP/s of a large product, measured."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / min(fastest([lambda: a @ b], 2.0))
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the ratios by name."""
+    ratios = {}
+    for row in rows:
+        length = int(row["length"])
+        for key in ("training_ratio", "forward_ratio", "sliding_share", "non_attention_of_peak"):
+            ratios[f"{key}_{length}"] = round(row[key], 3)
+    ratios["non_attention_of_bfloat16_peak"] = round(max(row["non_attention_of_bfloat16_peak"] for row in rows), 3)
+    return ratios
+
+
+def show(rows: list[dict[str, float]], console: Console) -> None:
+    """Print the table."""
+
+    def pair(row: dict[str, float], what: str) -> tuple[str, str, str]:
+        return (
+            f"{row[f'{what}_tokens_per_s']:,.0f}",
+            f"{row[f'{what}_tokens_per_s_transformers']:,.0f}",
+            f"{row[f'{what}_ratio']:.2f}x",
+        )
+
+    shares = ("sliding_share", "attention_share", "non_attention_of_peak")
+    shown = [
+        (f"{int(r['length']):,}", *pair(r, "forward"), *pair(r, "training"), *(f"{r[name]:.0%}" for name in shares))
+        for r in rows
+    ]
+    heads = [
+        "T",
+        "forward tok/s",
+        "theirs",
+        "ratio",
+        "training tok/s",
+        "theirs",
+        "ratio",
+        "SWA",
+        "attention",
+        "rest of peak",
+    ]
+    console.table("ours and transformers", heads, shown)
+
+
+if __name__ == "__main__":
+    main()
