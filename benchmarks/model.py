@@ -124,9 +124,7 @@ def train_theirs(model: torch.nn.Module, tokens: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def measure(
-    ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: float, console: Console
-) -> dict[str, float]:
+def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: float) -> dict[str, float]:
     """Return tokens/s, shares and FLOP/s at one length; ours and theirs run in turn, the fastest of each counts."""
     length = tokens.shape[1]
     with torch.inference_mode():
