@@ -216,7 +216,7 @@ def test_unreadable_text_is_skipped_counted_and_named(tmp_path: Path, capsys: py
     (texts / "rows.jsonl").write_text('{"text": "A good row of its own."}\n{"text": \n{"label": 1}\n', encoding="utf-8")
     (texts / "image.png").write_bytes(b"\x89PNG")
     out = tmp_path / "data"
-    flags = ["--vocab-size", "512", "--corpus-chars", "30000", "--val-tokens", "1024", "--context", "32"]
+    flags = ["--vocab-size", "512", "--corpus-chars", "300000", "--val-tokens", "1024", "--context", "32"]
     assert cli.main(["prepare", "--out", str(out), "--extra", str(texts), *flags]) == 0
     sources = json.loads((out / "prepare.json").read_text(encoding="utf-8"))["sources"]
     named = [line for line in sources["skipped"] if str(texts) in line]

@@ -365,18 +365,18 @@ def test_more_drafts_than_modules_is_a_message(capsys: pytest.CaptureFixture[str
     assert "choose 0 to 2" in message_of(capsys, ["generate", str(micro_checkpoint), "--speculate", "5"])
 
 
-@pytest.mark.parametrize("verb", ["generate", "convert"])
+@pytest.mark.parametrize(("verb", "dtype"), [("generate", "float8"), ("convert", "float4")])
 def test_an_unknown_dtype_is_a_message(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, micro_checkpoint: Path, verb: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, micro_checkpoint: Path, verb: str, dtype: str
 ) -> None:
     out = [str(tmp_path / "out")] if verb == "convert" else []
     try:
-        code: Any = cli.main([verb, str(micro_checkpoint), *out, "--dtype", "float8"])
+        code: Any = cli.main([verb, str(micro_checkpoint), *out, "--dtype", dtype])
     except SystemExit as exit:
         code = exit.code
     assert code == 2
     error = capsys.readouterr().err
-    assert "float8" in error
+    assert dtype in error
     assert "bfloat16" in error
 
 
@@ -417,7 +417,7 @@ def test_convert_does_not_overwrite_its_source(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(micro_checkpoint, folder)
-    assert "holds the folder to read" in message_of(
+    assert "is or holds what is read" in message_of(
         capsys, ["convert", str(folder), str(tmp_path / "x" / ".." / "model")]
     )
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in micro_checkpoint.iterdir())
@@ -479,7 +479,7 @@ def test_convert_refuses_a_folder_around_its_source(capsys: pytest.CaptureFixtur
     shutil.copytree(SHIPPED, tmp_path / "outer" / "model")
     shutil.copytree(SHIPPED, tmp_path / "outer", dirs_exist_ok=True)
     error = message_of(capsys, ["convert", str(tmp_path / "outer" / "model"), str(tmp_path / "outer")])
-    assert "holds the folder to read" in error
+    assert "is or holds what is read" in error
     assert (tmp_path / "outer" / "model" / "config.json").is_file()
 
 

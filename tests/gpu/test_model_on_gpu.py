@@ -1,0 +1,95 @@
+"""The model on a CUDA device gives the CPU's numbers. Skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from step35.api.sampling import SamplingParams
+from step35.engine.engine import Engine
+from step35.model import attention_kernels as kernels
+from step35.model.context import Context
+from step35.model.step35 import Step35
+from step35.model.weights import load_model
+from step35.train.loss import summed_cross_entropy
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+Make = Callable[..., Step35]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("name", ["tiny-a", "tiny-b"])
+def test_logits_equal_the_stored_ones(name: str, golden: Path) -> None:
+    model = load_model(golden / name, device="cuda")
+    cases = np.load(golden / name / "cases.npz")
+    for i in range(int(cases["n"])):
+        ids = torch.from_numpy(cases[f"ids{i}"]).long().cuda()
+        with torch.no_grad():
+            output = model(ids[None], mtp=True)
+        expected = torch.from_numpy(cases[f"logits{i}"])
+        assert (output.logits[0].cpu() - expected).norm() / expected.norm() < 1e-4
+        for k, logits in enumerate(output.mtp_logits):
+            expected = torch.from_numpy(cases[f"mtp{i}_{k}"])
+            assert (logits[0, : len(expected)].cpu() - expected).norm() / expected.norm() < 1e-4
+
+
+def gradients(model: Step35, tokens: torch.Tensor, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    h_BTD = model.norm(model.trunk(tokens, Context.packed(tokens, segments)))
+    summed_cross_entropy(h_BTD[:, :-1].flatten(0, 1), model.lm_head.weight, tokens[:, 1:].flatten()).backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_of_packed_documents_equal_those_of_the_cpu(make_model: Make) -> None:
+    tokens = torch.randint(0, 97, (2, 300), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(300) // 110).expand(2, -1).contiguous()
+    expected = gradients(make_model(), tokens, segments)
+    found = gradients(make_model().cuda(), tokens.cuda(), segments.cuda())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fast_attention_equals_the_reference(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1000, h, 64, generator=generator).cuda().to(dtype) for h in (8, 2, 2))
+    positions = torch.arange(1000, device="cuda")[None]
+    segments = (positions > 600).long()
+    same = kernels.same_document(segments, segments)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    banded = kernels.attend_banded(q, k, v, kernels.band_mask(positions, segments, 128), 128)
+    plain = kernels.attend(q, k, v, kernels.visible(positions, positions, 128) & same)
+    torch.testing.assert_close(banded, plain, rtol=tolerance, atol=tolerance)
+    documents = kernels.attend_documents(q, k, v, kernels.document_lengths(segments))
+    plain = kernels.attend(q, k, v, kernels.visible(positions, positions, None) & same)
+    torch.testing.assert_close(documents, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_bf16_grouped_experts_equal_one_at_a_time(make_model: Make) -> None:
+    experts = make_model(hidden_size=64, moe_intermediate_size=32).layers[2].moe.experts.cuda().bfloat16()
+    x_ND = torch.randn(200, 64, device="cuda", dtype=torch.bfloat16)
+    weights_NK = torch.rand(200, 2, device="cuda")
+    chosen_NK = torch.rand(200, 4, device="cuda").topk(2).indices
+    with torch.no_grad():
+        found, expected = (path(x_ND, weights_NK, chosen_NK) for path in (experts.grouped, experts.reference))
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
+
+
+def test_speculative_output_equals_plain(make_model: Make) -> None:
+    model = make_model().cuda().eval()
+    engine = Engine(model, ())
+    prompts = [[1, 2, 3, 4, 5], [7, 8, 9]]
+    outputs = []
+    for depth in (0, 2):
+        params = SamplingParams(max_tokens=24, temperature=0, speculate=depth)
+        outputs.append([c.token_ids for c in engine.generate(engine.create(prompts, params))])
+    assert outputs[0] == outputs[1]
