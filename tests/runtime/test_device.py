@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -119,3 +123,18 @@ def test_streams_are_repeatable_and_distinct():
     first, again, other = (torch.rand(4, generator=generator(0, name)) for name in ("a", "a", "b"))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_freed_memory_is_kept() -> None:
+    script = """
+import torch
+from step35.runtime.device import reuse_memory
+reuse_memory()
+torch.ones(2**26)  # 256 MB, freed at once
+resident = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+print(resident * 1024 > 2**28)
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc only")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

@@ -41,6 +41,7 @@ from step35.model.weights import load_model, save_tensors
 from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
+from step35.runtime.device import reuse_memory
 from step35.runtime.disk import fingerprint
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
@@ -72,6 +73,7 @@ def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inp
     run.write_config(settings)
     run.write_env()
     run.events.event("started")
+    reuse_memory()
     started = time.monotonic()
     result = {**work(), "seconds": round(time.monotonic() - started, 1)}
     run.write_json(DONE, result)
