@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_gguf_file_keeps_its_tokenizer_and_speaks(micro_checkpoint: Path, tmp_
         ("m.gguf", ["--to", "gguf", "--dtype", "float8"], "dtype=float8 is not a GGUF format"),
         ("folder", ["--dtype", "q8_0"], "exists in GGUF files only; add --to gguf"),
         ("folder", ["--mtp", "5"], "mtp=5 is not in 0..2"),
+        ("model.gguf", [], "ends in .gguf; add --to gguf"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -63,3 +65,37 @@ def test_what_does_not_fit_is_refused(
     assert cli.main(["convert", str(micro_checkpoint), str(tmp_path / out), *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_users_is_removed(
+    micro_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "model.tmp", tmp_path / "model"
+    shutil.copytree(micro_checkpoint, source)
+    assert cli.main(["convert", str(source), str(out)]) == 2  # writing uses the name model.tmp
+    assert "is in the way" in capsys.readouterr().err
+    assert load_model(source)
+    shutil.copytree(micro_checkpoint, out)
+    shutil.move(source, tmp_path / "source")
+    (out / "notes.txt").write_text("mine")
+    assert cli.main(["convert", str(tmp_path / "source"), str(out)]) == 2
+    assert "also holds notes.txt" in capsys.readouterr().err
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_the_current_folder_is_refused(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", str(micro_checkpoint), "."]) == 2
+    assert "is the current folder" in capsys.readouterr().err
+
+
+def test_a_link_to_a_folder_stays_a_link(micro_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        assert cli.main(["convert", str(micro_checkpoint), str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert load_model(tmp_path / "real")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

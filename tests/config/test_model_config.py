@@ -91,6 +91,7 @@ def test_a_missing_key_is_named(released: dict[str, Any], key: str) -> None:
         ("norm_expert_weight", False),
         ("tie_word_embeddings", True),
         ("att_impl_type", "MLA"),
+        ("attention_bias", True),
         ("need_fp32_gate", False),
         ("use_head_wise_attn_gate", False),
         ("model_type", "llama"),

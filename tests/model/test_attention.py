@@ -207,6 +207,14 @@ def test_documents_are_told_by_their_borders(segments: list[list[int]], lengths:
     assert kernels.document_lengths(torch.tensor(segments)) == lengths
 
 
+@torch.no_grad()
+def test_a_number_that_comes_again_is_another_document(make_model: Make) -> None:
+    model, tokens = make_model(), random_tokens(1, 36)
+    runs = [torch.repeat_interleave(torch.tensor(ids), 12)[None] for ids in ([0, 1, 0], [0, 1, 2])]
+    assert torch.equal(*(model(tokens, segments_BT=segments).logits for segments in runs))
+    assert model(tokens[:, :0]).logits.shape == (1, 0, 97)
+
+
 def test_scores_of_a_window_grow_with_the_window_not_the_text() -> None:
     # The banded path computes (W + Q) scores a query, Q a quarter of the window.
     for tokens in (4096, 16384):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from step35.config.model import RopeScaling
+from step35.config.model import ModelConfig, RopeScaling
 from step35.config.presets import flash, s3f1
 from step35.data.gguf_vocabulary import RULES, tokenizer_from_keys, vocabulary_keys
 from step35.data.tokenizer import Tokenizer, train_tokenizer
@@ -23,7 +22,7 @@ from step35.model import gguf_layout
 from step35.model.gguf import GGUFTensors, write_gguf
 from step35.model.layout import released_parts
 from step35.model.step35 import Step35
-from step35.model.tensors import ModelTensors
+from step35.model.tensors import ModelTensors, check
 from step35.model.weights import load_model
 
 Make = Callable[..., Step35]
@@ -157,6 +156,10 @@ def test_a_file_of_another_writer_gives_its_config_back(model: Step35, tmp_path:
         gguf_layout.config_of(keys, list(released.moe_layers_enum), frequencies * 1.5)
     with pytest.raises(ConfigError, match="holds a 'llama' model"):
         gguf_layout.config_of(keys | {"general.architecture": "llama"}, [], None)
+    plain = keys | {"step35.expert_weights_scale": 0.0, "step35.feed_forward_length": [48] * 7}
+    assert gguf_layout.config_of(plain, [], frequencies).moe_router_scaling_factor == 1.0  # 0 is "no scaling"
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight does not follow"):
+        gguf_layout.config_of(keys, [], frequencies[:3])
     del keys["step35.embedding_length"]
     with pytest.raises(ConfigError, match=r"lacks the key step35\.embedding_length"):
         gguf_layout.config_of(keys, [], None)
@@ -181,10 +184,17 @@ def test_what_gguf_cannot_express_is_refused(changes: dict[str, Any], message: s
         gguf_layout.metadata(s3f1(**{**SMALL, **changes}))
 
 
-def test_a_config_beside_the_file_wins(model: Step35, tmp_path: Path) -> None:
-    write(model, tmp_path / "m.gguf")
+def test_a_config_beside_the_file_serves_files_of_other_writers_only(
+    model: Step35, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(model, tmp_path / "ours.gguf")
+    keys = gguf_layout.metadata(model.config)
+    del keys[gguf_layout.RELEASED_CONFIG]
+    monkeypatch.setattr("step35.model.gguf.metadata", lambda config: keys)
+    write(model, tmp_path / "theirs.gguf")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_released() | {"sliding_window": 5}))
-    assert load_model(tmp_path / "m.gguf").config.sliding_window == 5
+    assert load_model(tmp_path / "ours.gguf").config.sliding_window == 8
+    assert load_model(tmp_path / "theirs.gguf").config.sliding_window == 5
 
 
 def test_broken_and_foreign_files_are_refused(model: Step35, tmp_path: Path) -> None:
@@ -244,25 +254,38 @@ def test_a_vocabulary_comes_back(tokenizer: Tokenizer, make_model: Make) -> None
 def test_each_rule_is_recognised_and_cuts_text(rule: str, tokenizer: Tokenizer, make_model: Make) -> None:
     content = json.loads(tokenizer.backend.to_str()) | {"pre_tokenizer": RULES[rule]}
     changed = Tokenizer(type(tokenizer.backend).from_str(json.dumps(content)))
-    assert vocabulary_keys(changed, make_model().config)["tokenizer.ggml.pre"] == rule
+    assert vocabulary_keys(changed, make_model(vocab_size=400).config)["tokenizer.ggml.pre"] == rule
     words = [word for word, _ in changed.backend.pre_tokenizer.pre_tokenize_str("in 1234\n\nyou")]
     numbers = {"gpt-2": ["Ġ1234"], "smollm": ["1", "2", "3", "4"], "deepseek-v3": ["123", "4"]}
     assert [word for word in words if any(c.isdigit() for c in word)] == numbers[rule]
+
+
+def test_what_a_vocabulary_cannot_hold_is_refused(tokenizer: Tokenizer, make_model: Make) -> None:
+    config = make_model().config.model_copy(update={"vocab_size": tokenizer.vocab_size, "pad_token_id": -1})
+    keys = vocabulary_keys(tokenizer, config)
+    assert "tokenizer.ggml.padding_token_id" not in keys
+    with pytest.raises(CheckpointError, match=r"lacks the keys tokenizer\.ggml\.merges"):
+        tokenizer_from_keys({name: value for name, value in keys.items() if not name.endswith("merges")}, config)
+    with pytest.raises(CheckpointError, match="cannot be rebuilt"):
+        tokenizer_from_keys(keys | {"tokenizer.ggml.merges": ["no such"]}, config)
+    with pytest.raises(ConfigError, match=r"config\.json says vocab_size=97"):
+        vocabulary_keys(tokenizer, make_model().config)
+    content = json.loads(tokenizer.backend.to_str()) | {"normalizer": {"type": "Lowercase"}}
+    with pytest.raises(ConfigError, match=r"normalizer.*Lowercase"):
+        vocabulary_keys(Tokenizer(type(tokenizer.backend).from_str(json.dumps(content))), config)
 
 
 def test_an_unnamed_rule_is_refused(tokenizer: Tokenizer, make_model: Make) -> None:
     content = json.loads(tokenizer.backend.to_str()) | {"pre_tokenizer": {"type": "Whitespace"}}
     changed = Tokenizer(type(tokenizer.backend).from_str(json.dumps(content)))
     with pytest.raises(ConfigError, match=r"no name for this tokenizer's pre_tokenizer.*Whitespace"):
-        vocabulary_keys(changed, make_model().config)
+        vocabulary_keys(changed, make_model(vocab_size=400).config)
 
 
 def test_the_source_reports_what_it_lacks(model: Step35, tmp_path: Path) -> None:
     write(model, tmp_path / "m.gguf")
     source = GGUFTensors(tmp_path / "m.gguf")
     assert len(source) == len(list(source)) == len(list(released_parts(model.config)))
-    bigger = model.config.to_released() | {"num_hidden_layers": 5, "intermediate_size": 100}
-    shutil.copy(tmp_path / "m.gguf", tmp_path / "n.gguf")
-    (tmp_path / "config.json").write_text(json.dumps(bigger))
+    bigger = ModelConfig.from_released(model.config.to_released() | {"intermediate_size": 100})
     with pytest.raises(CheckpointError, match=r"misshapen: model\.layers\.0\.mlp\.gate_proj\.weight is \[96, 64\]"):
-        load_model(tmp_path / "n.gguf")
+        check(source, bigger)

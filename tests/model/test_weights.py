@@ -300,6 +300,40 @@ def test_more_modules_than_there_are_is_refused(folder: Path) -> None:
         load_model(folder, mtp=3)
 
 
+def test_a_truncated_file_without_index_is_the_only_problem_named(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder)
+    assert "truncated or damaged" in str(caught.value)
+    assert "missing" not in str(caught.value)
+
+
+def test_numbers_that_are_no_floats_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors["lm_head.weight"] = (tensors["lm_head.weight"] * 100).to(torch.int8)
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored as I8; only F64, F32, BF16, F16"):
+        load_model(folder)
+
+
+def test_what_a_dtype_cannot_hold_is_refused(model: Step35, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has 1e\+05, beyond float16's 65504"):
+        save_model(model, tmp_path, dtype="float16")
+    with torch.no_grad():
+        model.layers[1].moe.experts.down_proj[0, 0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match="infinite or not a number"):
+        save_model(model, tmp_path, dtype="float8")
+
+
+def test_only_mtp_tensors_missing_names_the_remedy(folder: Path) -> None:
+    save_file({n: t for n, t in load_file(folder / SINGLE).items() if ".6." not in n}, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=r"load with mtp=0 \(--mtp 0\)"):
+        load_model(folder)
+
+
 LOAD_AND_WATCH = """
 import sys, threading
 from step35.model.weights import load_model

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from step35.data.tokenizer import Tokenizer
     from step35.model.tensors import Tensors
 
+REPLACED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "README.md",
+)
+"""Files of a checkpoint, which a newer one may replace."""
 GGUF_FORMS = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -67,11 +76,24 @@ def _check_target(args: Args) -> None:
         if out.suffix != ".gguf" or out.is_dir():
             raise ConfigError(f"out={args.out} must be a file that ends in .gguf.")
         return
+    if out.suffix == ".gguf":
+        raise ConfigError(f"out={args.out} ends in .gguf; add --to gguf, or name a folder.")
     if args.dtype == "q8_0":
         raise ConfigError("dtype=q8_0 exists in GGUF files only; add --to gguf, or choose float8.")
+    if out == Path.cwd():
+        raise ConfigError(f"out={args.out} is the current folder, which cannot be replaced; name another one.")
+    for beside in (out.with_name(out.name + ending) for ending in (".tmp", ".former")):
+        if beside.exists():
+            raise ConfigError(f"'{beside}' is in the way: writing needs that name; move it, or choose another out.")
     is_checkpoint = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
     if out.exists() and not is_checkpoint and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={args.out} exists and is not a checkpoint folder; choose a new or an empty one.")
+    foreign = sorted(file.name for file in out.glob("*") if not any(map(file.match, REPLACED)))
+    if foreign:
+        raise ConfigError(
+            f"out={args.out} is a checkpoint, but also holds {', '.join(foreign[:5])}; replacing it would remove them. "
+            "Move them away, or choose another folder."
+        )
 
 
 def _write(args: Args, config: ModelConfig, source: Tensors, tokenizer: Tokenizer) -> None:
@@ -88,12 +110,13 @@ def _write(args: Args, config: ModelConfig, source: Tensors, tokenizer: Tokenize
 
 
 def _tokenizer(path: Path, config: ModelConfig, source: Tensors) -> Tokenizer:
-    """Return the tokenizer of a checkpoint folder, or that beside or inside a GGUF file."""
-    from step35.data.gguf_vocabulary import tokenizer_from_keys
+    """Return the tokenizer of a checkpoint folder, or that inside a GGUF file (beside it if its rule is unknown)."""
+    from step35.data.gguf_vocabulary import RULES, tokenizer_from_keys
     from step35.data.tokenizer import load_tokenizer
     from step35.model.gguf import GGUFTensors
 
-    folder = path if path.is_dir() else path.parent
-    if isinstance(source, GGUFTensors) and not (folder / "tokenizer.json").is_file():
-        return tokenizer_from_keys(source.metadata, config)
-    return load_tokenizer(folder)
+    if not isinstance(source, GGUFTensors):
+        return load_tokenizer(path)
+    if source.metadata.get("tokenizer.ggml.pre") not in RULES and path.with_name("tokenizer.json").is_file():
+        return load_tokenizer(path.parent)
+    return tokenizer_from_keys(source.metadata, config)

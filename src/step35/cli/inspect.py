@@ -37,7 +37,8 @@ class Args(Config):
     context: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 32_768, 131_072, 262_144)
     """Lengths to cost, in tokens."""
     weights: Format = "bfloat16"
-    """Format of the weights that decoding reads."""
+    """Format of the weights that decoding reads; float8 takes one byte for every weight, though FP8 checkpoints keep
+    embeddings and heads in bfloat16."""
     cache: Format = "bfloat16"
     """Format of keys and values."""
     layouts: bool = False

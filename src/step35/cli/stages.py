@@ -221,6 +221,7 @@ def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "
 
 def publish_tensors(source: Tensors, config: ModelConfig, tokenizer: Tokenizer, folder: Path, *, dtype: str) -> None:
     """Write a whole checkpoint folder from `source`, whole or not at all; `dtype` is one of `save_tensors`."""
+    folder = folder.resolve()
     draft, former = (folder.with_name(folder.name + ending) for ending in (".tmp", ".former"))
     shutil.rmtree(draft, ignore_errors=True)
     save_tensors(source, config, draft, dtype=dtype)

@@ -243,7 +243,7 @@ class ModelConfig(Config):
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); fetch or export the checkpoint again.") from None
         for inner in ("export", "model"):
             if isinstance(values, dict) and "hidden_size" not in values and (path.parent / inner).is_dir():
@@ -277,6 +277,7 @@ def _refuse_variants(other: dict[str, Any]) -> None:
     fixed = {k: v for k, v in _CONSTANT_KEYS.items() if k not in ("architectures", "use_moe", "use_rope_layers")}
     for key in ("moe_layer_offset", "moe_every_n_layer", "zero_centered", "use_qk_norm"):
         fixed.pop(key)  # stated by the release, read by no engine
+    fixed["attention_bias"] = False
     if not all(other.get("use_rope_layers") or [True]):
         raise ConfigError(
             "config.json: use_rope_layers switches rotary embeddings off in some layers, which is not supported."

@@ -50,6 +50,13 @@ def vocabulary_keys(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
     content = json.loads(tokenizer.backend.to_str())
     if content["model"]["type"] != "BPE":
         raise ConfigError(f"GGUF files of this model hold a BPE tokenizer, not '{content['model']['type']}'.")
+    if content["normalizer"] is not None:
+        raise ConfigError(f"GGUF cannot hold this tokenizer's normalizer: {json.dumps(content['normalizer'])[:200]}.")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but config.json says vocab_size={config.vocab_size}; "
+            "put the model's own tokenizer.json beside it."
+        )
     added = {token["id"]: token for token in content["added_tokens"]}
     by_id = {i: token for token, i in content["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     tokens, types = [], []
@@ -57,15 +64,14 @@ def vocabulary_keys(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
         tokens.append(by_id.get(i, f"[PAD{i}]"))
         added_type = CONTROL if i in added and added[i]["special"] else USER_DEFINED
         types.append(added_type if i in added else NORMAL if i in by_id else UNUSED)
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id[-1], "padding": config.pad_token_id}
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _rule(content["pre_tokenizer"]),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": config.bos_token_id,
-        "tokenizer.ggml.eos_token_id": config.eos_token_id[-1],
-        "tokenizer.ggml.padding_token_id": config.pad_token_id,
+        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i >= 0},
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": chat_template(),
     }
@@ -79,6 +85,13 @@ def tokenizer_from_keys(keys: dict[str, Any], config: ModelConfig) -> Tokenizer:
             f"the GGUF file's tokenizer (model {keys.get('tokenizer.ggml.model')!r}, rule {rule!r}) is not known; "
             f"known are byte-level BPEs with the rules {', '.join(RULES)}. Put the model's tokenizer.json beside it."
         )
+    missing = [
+        f"tokenizer.ggml.{name}"
+        for name in ("tokens", "token_type", "merges")
+        if not keys.get(f"tokenizer.ggml.{name}")
+    ]
+    if missing:
+        raise CheckpointError(f"the GGUF file lacks the keys {', '.join(missing)}; copy or convert it again.")
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     content = json.loads(backend.to_str())
@@ -86,7 +99,10 @@ def tokenizer_from_keys(keys: dict[str, Any], config: ModelConfig) -> Tokenizer:
     content["model"]["merges"] = [merge.split(" ") for merge in keys["tokenizer.ggml.merges"]]
     content["pre_tokenizer"] = RULES[rule]
     content["decoder"] = _BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the GGUF file's tokenizer cannot be rebuilt ({error}); copy it again.") from None
     for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
             backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])

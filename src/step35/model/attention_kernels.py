@@ -38,6 +38,13 @@ def attend(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask_BTS: Tensor) -> 
     return y.transpose(1, 2)
 
 
+def documents(segments_BT: Tensor) -> Tensor:
+    """Number the runs of equal segments in each row (B, T): a document is a run, also when its number came before."""
+    changed_BT = torch.zeros_like(segments_BT)
+    changed_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return changed_BT.cumsum(1)
+
+
 def document_lengths(segments_BT: Tensor) -> list[int]:
     """Return the lengths of the documents of all rows, one row after the other; padding counts as a document."""
     borders_BT = torch.ones_like(segments_BT, dtype=torch.bool)

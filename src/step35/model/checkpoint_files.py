@@ -14,6 +14,7 @@ from step35.errors import CheckpointError
 from step35.model.fp8 import FP8, SCALE_SUFFIX, block_of, dequantise, dequantise_into, scale_shape
 from step35.model.tensors import Tensors
 
+FLOATS = ("F64", "F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 
 
@@ -33,13 +34,14 @@ class CheckpointFiles(Tensors):
             except FileNotFoundError:
                 problems.append(f"absent: {name}, which {INDEX} names")
                 unreadable.add(name)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 size = (folder / name).stat().st_size
                 problems.append(f"truncated or damaged: {name} cannot be read ({error}); it is {size} bytes")
                 unreadable.add(name)
         if not self._where and not problems:
             raise CheckpointError(f"{folder} has a config.json but no *.safetensors file; export or fetch the weights.")
         self.lost = frozenset(name for name, file in weight_map.items() if file in unreadable)
+        self.incomplete = bool(unreadable) and not weight_map
         self.problems = (*problems, *self._scale_problems())
 
     def __iter__(self) -> Iterator[str]:
@@ -78,8 +80,12 @@ class CheckpointFiles(Tensors):
                 wanted = scale_shape(self.shape(name), self._block)
                 if self.shape(scale) != wanted:
                     problems.append(f"misshapen: {scale} is {list(self.shape(scale))}, its matrix asks {list(wanted)}")
-            elif file.get_slice(name).get_dtype() == "F8_E4M3":
+            elif (dtype := file.get_slice(name).get_dtype()) == "F8_E4M3":
                 problems.append(f"missing: {scale}, without which the {FP8} numbers of {name} mean nothing")
+            elif dtype not in FLOATS:
+                problems.append(
+                    f"unreadable: {name} is stored as {dtype}; only {', '.join(FLOATS)} and FP8 blocks are read"
+                )
         return problems
 
 
@@ -89,6 +95,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of tensors ({error!r}); fetch or export it again.") from None

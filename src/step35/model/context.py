@@ -57,7 +57,7 @@ class Context:
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
         if segments_BT is None:
             segments_BT = torch.zeros_like(tokens_BT)
-        return cls(positions, segments_BT, routing=[] if record else None)
+        return cls(positions, kernels.documents(segments_BT), routing=[] if record else None)
 
     def rope(self, layer: LayerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the layer's rotary cos and sin, computed once per kind of layer."""
@@ -82,9 +82,9 @@ class Context:
     def _path(self, window: int | None) -> str:
         """Return how to attend: in bands where a window hides keys, else by documents unless they are short."""
         lengths, tokens = self._lengths(), self.positions_BT.shape[1]
-        if window is not None and max(lengths) > window:
+        if window is not None and max(lengths, default=0) > window:
             return "banded" if tokens > kernels.band_width(window) else "packed"
-        return "documents" if self.positions_BT.numel() >= kernels.SHORT_DOCUMENT * len(lengths) else "packed"
+        return "documents" if self.positions_BT.numel() >= max(1, kernels.SHORT_DOCUMENT * len(lengths)) else "packed"
 
     def _lengths(self) -> list[int]:
         if "lengths" not in self._memo:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step35.errors import ConfigError
+from step35.errors import CheckpointError, ConfigError
 
 BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
@@ -46,7 +46,9 @@ def quantise(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight.float(), (0, -columns % block, 0, -rows % block))
     blocks = padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))  # (..., rows/b, b, columns/b, b)
     largest = blocks.abs().amax(dim=(-3, -1))
-    scale = torch.where(largest > 0, largest / torch.finfo(FP8).max, 1.0)
+    if not largest.isfinite().all():
+        raise CheckpointError("a weight is infinite or not a number, which FP8 blocks cannot hold; write bfloat16.")
+    scale = torch.where(largest > 0, largest / torch.finfo(FP8).max, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
     numbers = (blocks / scale[..., None, :, None]).flatten(-4, -3).flatten(-2)
     return numbers[..., :rows, :columns].to(FP8).contiguous(), scale
 
@@ -87,6 +89,8 @@ def block_of(config: dict[str, Any] | None) -> int:
     """Return the block size that a `quantization_config` declares; refuse other formats with `ConfigError`."""
     if not config:
         return BLOCK
+    if not isinstance(config, dict):
+        raise ConfigError(f"config.json: quantization_config={config!r} is not a table of settings; fetch it again.")
     block = config.get("weight_block_size")
     square = isinstance(block, list) and len(block) == 2 and block[0] == block[1] and block[0] > 0
     if config.get("quant_method") != "fp8" or not square:

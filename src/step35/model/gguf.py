@@ -19,6 +19,7 @@ from step35.config.model import ModelConfig
 from step35.errors import CheckpointError, Step35Error
 from step35.model.gguf_layout import (
     ARCHITECTURE,
+    RELEASED_CONFIG,
     ROPE_FREQUENCIES,
     config_of,
     gguf_name,
@@ -44,12 +45,12 @@ class GGUFTensors(Tensors):
             raise CheckpointError(f"'{path}' is not a file; give a .gguf file.")
         try:
             reader = gguf.GGUFReader(path)
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{path} cannot be read as GGUF ({error}); it is {path.stat().st_size} bytes. Copy it again."
             ) from None
         self.place = str(path)
-        self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {released_name(tensor.name): tensor for tensor in reader.tensors}
         self._frequencies = self._tensors.pop(ROPE_FREQUENCIES, None)
         self._dequantise = gguf.quants.dequantize
@@ -68,8 +69,8 @@ class GGUFTensors(Tensors):
         return tensor - 1.0 if is_norm(name) else tensor
 
     def config(self) -> ModelConfig:
-        """Return the model's config: from a config.json beside the file, or from the file's own keys."""
-        if Path(self.place).with_name("config.json").is_file():
+        """Return the config that the file holds; for a file of another writer a config.json beside it comes first."""
+        if RELEASED_CONFIG not in self.metadata and Path(self.place).with_name("config.json").is_file():
             return ModelConfig.read(Path(self.place).parent)
         ending = ".moe.gate.weight"
         moe_layers = sorted(int(name.split(".")[2]) for name in self._tensors if name.endswith(ending))

@@ -143,14 +143,15 @@ def config_of(values: dict[str, Any], moe_layers: list[int], frequencies: Tensor
     get = _Keys(values)
     total, modules = get("block_count"), get("nextn_predict_layers", 0)
     sliding = [bool(s) for s in get.per_layer("attention.sliding_window_pattern", total)]
-    heads, groups = get.per_layer("attention.head_count", total), get.per_layer("attention.head_count_kv", total)
+    heads = get.per_layer("attention.head_count", total)
+    groups = get.per_layer("attention.head_count_kv", total, heads)
     of_kind = {s: (h, g) for s, h, g in zip(sliding, heads, groups, strict=True)}
     full_heads = of_kind.get(False, of_kind.get(True))
     head_dim = get("attention.key_length")
     config = {
-        "vocab_size": len(values["tokenizer.ggml.tokens"]),
+        "vocab_size": len(values.get("tokenizer.ggml.tokens", ())),
         "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
+        "intermediate_size": get.per_layer("feed_forward_length", total)[0],
         "num_hidden_layers": total - modules,
         "num_nextn_predict_layers": modules,
         "num_attention_heads": full_heads[0],
@@ -163,10 +164,10 @@ def config_of(values: dict[str, Any], moe_layers: list[int], frequencies: Tensor
         "yarn_only_types": [FULL],
         "moe_layers_enum": moe_layers,
         "moe_num_experts": get("expert_count", 0),
-        "moe_top_k": get("expert_used_count", 0),
-        "moe_intermediate_size": get("expert_feed_forward_length", 0),
+        "moe_top_k": get.per_layer("expert_used_count", total, 0)[-1],
+        "moe_intermediate_size": get.per_layer("expert_feed_forward_length", total, 0)[-1],
         "share_expert_dim": get("expert_shared_feed_forward_length", 0),
-        "moe_router_scaling_factor": get("expert_weights_scale", 1.0),
+        "moe_router_scaling_factor": get("expert_weights_scale", 0.0) or 1.0,  # 0 is "no scaling"
         "swiglu_limits": get.per_layer("swiglu_clamp_exp", total, 0.0),
         "swiglu_limits_shared": get.per_layer("swiglu_clamp_shexp", total, 0.0),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
@@ -185,7 +186,13 @@ def config_of(values: dict[str, Any], moe_layers: list[int], frequencies: Tensor
     if frequencies is not None:
         config["rope_scaling"] = RopeScaling().model_dump()
     found = ModelConfig.from_released(config)
-    if frequencies is not None and not torch.allclose(rope_frequencies(found), frequencies, rtol=1e-4):
+    expected = rope_frequencies(found)
+    same = frequencies is None or (
+        expected is not None
+        and expected.shape == frequencies.shape
+        and torch.allclose(expected, frequencies, rtol=1e-4)
+    )
+    if not same:
         raise ConfigError(
             f"{ROPE_FREQUENCIES} does not follow the release's rope_scaling ({config['rope_scaling']}), and GGUF "
             "does not state other constants; put the model's config.json beside the GGUF file."

@@ -30,6 +30,8 @@ class Tensors(Mapping[str, Tensor]):
     """What is wrong with the source itself, such as truncated files."""
     lost: frozenset[str] = frozenset()
     """Tensors of files that `problems` names: not there, but not to be called missing one by one."""
+    incomplete = False
+    """Whether such files may hold any tensor."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -95,7 +97,8 @@ def check(source: Tensors, config: ModelConfig, *, also: frozenset[str] = frozen
     """Raise `CheckpointError` unless `source` holds the tensors of `config`, all problems at once; `also` may exist."""
     wanted = {part.released: part.shape for _, part in released_parts(config)}
     problems = list(source.problems)
-    problems += [f"missing: {name}" for name in wanted if name not in source and name not in source.lost]
+    missing = [name for name in wanted if name not in source and name not in source.lost]
+    problems += [f"missing: {name}" for name in missing if not source.incomplete]
     problems += [f"unexpected: {name}" for name in source if name not in wanted and name not in also]
     for name, shape in wanted.items():
         if name in source and source.shape(name) != shape:
@@ -104,7 +107,11 @@ def check(source: Tensors, config: ModelConfig, *, also: frozenset[str] = frozen
         shown = "\n  ".join(problems[:SHOWN]) + (
             f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         )
-        raise CheckpointError(
-            f"{source.place} does not match its config.json:\n  {shown}\n"
-            "Export or fetch the checkpoint again, or correct config.json."
-        )
+        raise CheckpointError(f"{source.place} does not match its config.json:\n  {shown}\n{_remedy(missing, config)}")
+
+
+def _remedy(missing: list[str], config: ModelConfig) -> str:
+    trunk = config.num_hidden_layers
+    if missing and all(name.startswith("model.layers.") and int(name.split(".")[2]) >= trunk for name in missing):
+        return "Only tensors of MTP modules are missing: load with mtp=0 (--mtp 0) to do without."
+    return "Export or fetch the checkpoint again, or correct config.json."

@@ -133,6 +133,9 @@ def _stored(released: str, tensor: Tensor, dtype: str) -> dict[str, Tensor]:
         tensors = {released: numbers, released + SCALE_SUFFIX: scale}
     else:
         tensors = {released: tensor.to(DTYPES.get(dtype, torch.bfloat16))}
+    if dtype == "float16" and not tensors[released].isfinite().all():
+        largest = tensor.float().abs().max()
+        raise CheckpointError(f"{released} has {largest:.3g}, beyond float16's 65504; write bfloat16 or float32.")
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -76,7 +76,7 @@ def set_threads(count: int | None = None) -> int:
 def reuse_memory() -> None:
     """Let this process keep freed memory instead of returning it (glibc): a step allocates the same again.
 
-    Fresh pages must be cleared by the system, which took 8 to 10% of a training step on CPUs. The process holds its
+    Fresh pages must be cleared by the system, a noticeable part of a training step on a CPU. The process holds its
     peak until it ends. Elsewhere than on glibc nothing happens.
     """
     try:
