@@ -126,7 +126,7 @@ def test_this_machine_measured(capsys: pytest.CaptureFixture[str], monkeypatch: 
         (("flash", "--gpus", "4"), "--gpus has no effect without --hardware"),
         (("flash", "--acceptance", "0.9", "--batch", "2"), "--acceptance, --batch has no effect"),
         (("flash", "--hardware", "h100", "--gpus", "2"), "give --gpus 5 or more"),
-        (("flash", "--hardware", "h100", "--layouts"), "leave out --layouts or --hardware"),
+        (("flash", "--hardware", "h100", "--layouts"), "hardware would change nothing"),
         (("mini", "--hardware", "h100", "--acceptance", "0.9", "0.8"), "has 1 MTP modules"),
         (("flash", "--svg", "/no/such/folder/map.svg"), "cannot be written"),
         (("scale-2",), "the dial takes 4 to 96 trunk layers"),

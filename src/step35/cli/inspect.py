@@ -28,6 +28,9 @@ from step35.errors import ConfigError
 
 NEEDS_HARDWARE = ("gpus", "acceptance", "flops", "bandwidth", "batch", "collective_us")
 
+ALONE = ("model", "context", "weights", "cache", "layers", "svg", "hardware")
+"""Settings that `--layouts` does not heed."""
+
 
 class Args(Config):
     """Which model, at which lengths, and what else to show."""
@@ -146,8 +149,11 @@ def _refuse_idle(args: Args) -> None:
     if args.hardware is None and idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise ConfigError(f"{flags} has no effect without --hardware; add --hardware h100, for example.")
-    if args.hardware is not None and args.layouts:
-        raise ConfigError("--layouts compares FLOPs, which no hardware changes; leave out --layouts or --hardware.")
+    asked = [name for name in ALONE if getattr(args, name) != Args.model_fields[name].default]
+    if args.layouts and asked:
+        raise ConfigError(
+            f"--layouts shows the report's Table 8 alone; {', '.join(asked)} would change nothing. Leave it out."
+        )
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def strip(config: ModelConfig) -> list[str]:
             "layer": ruler,
             "attention": "".join("F" if la.window is None else "S" for la in part),
             "FFN": "".join("m" if la.moe else "d" for la in part),
-            "clip": "".join("!" if la.clip or la.clip_shared else "." for la in part),
+            "clip": "".join("." if _clip(la) == "none" else "!" for la in part),
             "MTP": "".join("+" if la.index >= config.num_hidden_layers else "." for la in part),
         }
         lines += [f"{name:<10}{text}".rstrip() for name, text in marks.items()]
@@ -117,12 +117,13 @@ def _box(config: ModelConfig, index: int, top: int) -> str:
     y = top + index // COLUMNS * (BOX[1] + GAP)
     half = BOX[1] // 2
     ffn = "MoE" if layer.moe else "dense"
-    clipped = layer.clip or layer.clip_shared
+    clipped = _clip(layer) != "none"
     edge = COLOURS["clip"] if clipped else "#6b7280"
     dashes = ' stroke-dasharray="5 3"' if mtp else ""
     ink = "#ffffff" if layer.window is None else "#111827"
     seen = "F" if layer.window is None else f"S {layer.window}"
-    clip = ", clip " + ", ".join(f"{limit:g}" for limit in (layer.clip, layer.clip_shared) if limit) if clipped else ""
+    limits = [limit for limit in (layer.clip if layer.moe else 0.0, layer.clip_shared) if limit]
+    clip = ", clip " + ", ".join(f"{limit:g}" for limit in limits) if clipped else ""
     tip = f"layer {index}: {_sentence(config, Kind(layer, (index,), mtp))}"
     return "\n".join(
         [
@@ -166,7 +167,7 @@ def _sentence(config: ModelConfig, kind: Kind) -> str:
     layer = kind.layer
     window = "full attention" if layer.window is None else f"sliding window of {layer.window:,}"
     heads = f"{layer.heads} query and {layer.kv_heads} KV heads of {layer.head_dim}"
-    clip = f"; clip {_clip(layer)}" if layer.clip or layer.clip_shared else ""
+    clip = f"; clip {_clip(layer)}" if _clip(layer) != "none" else ""
     return f"{'MTP, ' if kind.mtp else ''}{window}, {heads}, {_rope(layer)}; {_ffn(config, layer)}{clip}"
 
 
