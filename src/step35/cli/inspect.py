@@ -72,9 +72,8 @@ def main(args: Args) -> int:
     """Print the tables, or JSON; draw the map if asked."""
     _refuse_idle(args)
     config = model_config(args.model)
-    found: dict[str, Any] = (
-        {"layouts": [_entry(entry) for entry in entries()]} if args.layouts else examine(config, args)
-    )
+    table8 = entries() if args.layouts else []
+    found: dict[str, Any] = {"layouts": [_entry(entry) for entry in table8]} if args.layouts else examine(config, args)
     if args.svg is not None:
         _write(args.svg, layer_map.svg(config, f"{args.model}: {config.num_hidden_layers} layers"))
     if args.as_json:
@@ -84,7 +83,7 @@ def main(args: Args) -> int:
 
     console = Console()
     if args.layouts:
-        inspect_tables.show_layouts(entries(), console)
+        inspect_tables.show_layouts(table8, console)
         return 0
     inspect_tables.show_costs(args, found, console)
     if args.layers:

@@ -33,6 +33,7 @@ class Hardware:
     source: str
 
 
+HOPPER_FLOPS: dict[Format, float] = {"float32": 494.5e12, "bfloat16": 989e12, "float8": 1979e12}
 DEVICES = {
     device.name: device
     for device in (
@@ -43,17 +44,17 @@ DEVICES = {
         ),
         Hardware(
             "h100",
-            {"float32": 494.5e12, "bfloat16": 989e12, "float8": 1979e12},
+            HOPPER_FLOPS,
             3.35e12, 80e9, 450e9, "NVIDIA H100 SXM data sheet",
         ),
         Hardware(
             "h800",
-            {"float32": 494.5e12, "bfloat16": 989e12, "float8": 1979e12},
+            HOPPER_FLOPS,
             3.35e12, 80e9, 200e9, "NVIDIA H800 SXM: the H100 with 400 GB/s of NVLink",
         ),
         Hardware(
             "h200",
-            {"float32": 494.5e12, "bfloat16": 989e12, "float8": 1979e12},
+            HOPPER_FLOPS,
             4.8e12, 141e9, 450e9, "NVIDIA H200 SXM data sheet",
         ),
         Hardware(

@@ -40,17 +40,20 @@ def attend(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask_BTS: Tensor) -> 
 
 def documents(segments_BT: Tensor) -> Tensor:
     """Number the runs of equal segments in each row (B, T): a document is a run, also when its number came before."""
-    changed_BT = torch.zeros_like(segments_BT)
-    changed_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    return changed_BT.cumsum(1)
+    return _starts(segments_BT).cumsum(1)
 
 
 def document_lengths(segments_BT: Tensor) -> list[int]:
     """Return the lengths of the documents of all rows, one row after the other; padding counts as a document."""
-    borders_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-    borders_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    starts = borders_BT.flatten().nonzero().flatten()
+    starts = _starts(segments_BT).flatten().nonzero().flatten()
     return torch.diff(starts, append=starts.new_tensor([segments_BT.numel()])).tolist()
+
+
+def _starts(segments_BT: Tensor) -> Tensor:
+    """Say where a document starts (B, T): at each row's beginning and wherever the number changes."""
+    starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return starts_BT
 
 
 def attend_documents(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, lengths: list[int]) -> Tensor:

@@ -6,7 +6,6 @@ F32, and so is a matrix whose rows Q8_0 cannot divide.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from step35.model.gguf_layout import (
 )
 from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.tensors import Tensors
-from step35.runtime.disk import disk_errors
+from step35.runtime.disk import disk_errors, publish
 
 FORMATS = ("F32", "BF16", "Q8_0")
 _FILE_TYPES = {"F32": 0, "Q8_0": 7, "BF16": 32}
@@ -91,39 +90,39 @@ def write_gguf(
     """
     if form not in FORMATS:
         raise CheckpointError(f"format='{form}' is not supported for GGUF; choose one of {', '.join(FORMATS)}.")
-    gguf = _library()
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
     keys = {"general.name": name, "general.file_type": _FILE_TYPES[form], **metadata(config), **vocabulary}
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, lambda temporary: _write(temporary, source, config, form, keys))
+
+
+def _write(path: Path, source: Tensors, config: ModelConfig, form: str, keys: dict[str, Any]) -> None:
+    gguf = _library()
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for key, value in keys.items():
         _add(writer, key, value)
-    forms = {part.released: _form_of(part.released, part.shape, form) for _, part in released_parts(config)}
     frequencies = rope_frequencies(config)
     if frequencies is not None:
         writer.add_tensor_info(ROPE_FREQUENCIES, frequencies.shape, np.dtype(np.float32), frequencies.nbytes)
+    forms = {part.released: _form_of(part.released, part.shape, form) for _, part in released_parts(config)}
     for _, part in released_parts(config):
-        form = forms[part.released]
-        shape = _stored_shape(part.shape, form)
-        dtype = np.dtype(np.float32 if form == "F32" else np.uint8)
+        stored = forms[part.released]
+        shape = _stored_shape(part.shape, stored)
+        dtype = np.dtype(np.float32 if stored == "F32" else np.uint8)
         size = int(np.prod(shape)) * dtype.itemsize
-        raw = getattr(gguf.GGMLQuantizationType, form)
+        raw = getattr(gguf.GGMLQuantizationType, stored)
         writer.add_tensor_info(gguf_name(part.released), shape, dtype, size, raw_dtype=raw)
-    with disk_errors(path.parent):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            if frequencies is not None:
-                writer.write_tensor_data(frequencies.numpy())
-            for released, stored in forms.items():
-                writer.write_tensor_data(_stored(source[released], released, stored))
-            writer.close()
-            os.replace(temporary, path)
-        finally:
-            writer.close()
-            temporary.unlink(missing_ok=True)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if frequencies is not None:
+            writer.write_tensor_data(frequencies.numpy())
+        for released, stored in forms.items():
+            writer.write_tensor_data(_stored(source[released], released, stored))
+    finally:
+        writer.close()
 
 
 def _form_of(released: str, shape: tuple[int, ...], form: str) -> str:

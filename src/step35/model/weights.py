@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from step35.model.gguf import GGUFTensors
 from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.step35 import Step35
 from step35.model.tensors import ModelTensors, Tensors, check, fill
-from step35.runtime.disk import disk_errors
+from step35.runtime.disk import disk_errors, publish
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of a model in memory."""
@@ -89,7 +87,7 @@ def save_tensors(
         where, size = {}, 0
         for file, released in zip(names, shards, strict=True):
             tensors = {name: tensor for r in released for name, tensor in _stored(r, source[r], dtype).items()}
-            _publish(folder / file, lambda temporary, tensors=tensors: save_file(tensors, temporary, {"format": "pt"}))
+            publish(folder / file, lambda temporary, tensors=tensors: save_file(tensors, temporary, {"format": "pt"}))
             where.update(dict.fromkeys(tensors, file))
             size += sum(tensor.nbytes for tensor in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
@@ -169,15 +167,5 @@ def _set_dtypes(model: Step35, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
-def _publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name and rename, so that a file under its final name is always whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, value: object) -> None:
-    _publish(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    publish(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))

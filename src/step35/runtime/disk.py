@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +80,16 @@ def fingerprint(path: Path) -> str:
             content.seek(max(0, size - 2**20))
             digest.update(content.read())
     return digest.hexdigest()[:16]
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file and rename it, so that a file under its final name is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
