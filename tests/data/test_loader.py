@@ -47,33 +47,33 @@ def test_validation_takes_the_first_rows(shards: TokenShards) -> None:
 
 
 def test_each_epoch_is_another_permutation_of_all_rows(shards: TokenShards) -> None:
-    loader = PretrainLoader(shards, CONTEXT, batch_size=4, seed=1)
+    loader = PretrainLoader(shards, CONTEXT, seed=1)
     assert loader.rows_per_epoch == 8
-    epochs = [first_tokens([loader.batch(2 * epoch), loader.batch(2 * epoch + 1)]) for epoch in range(3)]
+    epochs = [first_tokens([loader.rows(8 * epoch, 4), loader.rows(8 * epoch + 4, 4)]) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(0, 64, CONTEXT)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_batches_straddle_epochs_without_losing_a_row(shards: TokenShards) -> None:
-    loader = PretrainLoader(shards, CONTEXT, batch_size=3, seed=1)
-    rows = first_tokens([loader.batch(step) for step in range(8)])
+    loader = PretrainLoader(shards, CONTEXT, seed=1)
+    rows = first_tokens([loader.rows(3 * step, 3) for step in range(8)])
     assert all(sorted(rows[start : start + 8]) == list(range(0, 64, CONTEXT)) for start in (0, 8, 16))
 
 
-def test_batch_depends_on_seed_and_step_only(shards: TokenShards) -> None:
-    loader = PretrainLoader(shards, CONTEXT, batch_size=3, seed=1)
-    forward = [loader.batch(step).tokens.tolist() for step in range(9)]
-    backward = [loader.batch(step).tokens.tolist() for step in reversed(range(9))]
+def test_rows_depend_on_seed_and_number_only(shards: TokenShards) -> None:
+    loader = PretrainLoader(shards, CONTEXT, seed=1)
+    forward = [loader.rows(3 * step, 3).tokens.tolist() for step in range(9)]
+    backward = [loader.rows(3 * step, 3).tokens.tolist() for step in reversed(range(9))]
     assert forward == backward[::-1]
-    resumed = PretrainLoader(shards, CONTEXT, batch_size=3, seed=1).batch(7)
+    resumed = PretrainLoader(shards, CONTEXT, seed=1).rows(21, 3)
     assert resumed.tokens.tolist() == forward[7]
-    other = PretrainLoader(shards, CONTEXT, batch_size=3, seed=2)
-    assert [other.batch(step).tokens.tolist() for step in range(9)] != forward
+    other = PretrainLoader(shards, CONTEXT, seed=2)
+    assert [other.rows(3 * step, 3).tokens.tolist() for step in range(9)] != forward
 
 
 def test_too_little_text_is_an_error(shards: TokenShards) -> None:
     with pytest.raises(DataError, match="66 tokens, less than one row of context=67"):
-        PretrainLoader(shards, 67, batch_size=1, seed=0)
+        PretrainLoader(shards, 67, seed=0)
     with pytest.raises(DataError):
         validation(shards, 67, max_rows=1)
 
@@ -81,13 +81,13 @@ def test_too_little_text_is_an_error(shards: TokenShards) -> None:
 def test_packed_loader_serves_every_row_each_epoch() -> None:
     samples = [([number] * CONTEXT, [True] * CONTEXT) for number in range(5)]
     rows, _ = pack_conversations(samples, CONTEXT, pad_id=0)
-    loader = PackedLoader(rows, batch_size=5, seed=3)
+    loader = PackedLoader(rows, seed=3)
     assert loader.rows_per_epoch == 5
-    assert sorted(first_tokens([loader.batch(0)])) == sorted(first_tokens([loader.batch(1)])) == [0, 1, 2, 3, 4]
-    assert first_tokens([PackedLoader(rows, 5, 3).batch(1)]) == first_tokens([loader.batch(1)])
-    assert loader.batch(0).targets.sum() == 5 * (CONTEXT - 1)
+    assert sorted(first_tokens([loader.rows(0, 5)])) == sorted(first_tokens([loader.rows(5, 5)])) == [0, 1, 2, 3, 4]
+    assert first_tokens([PackedLoader(rows, 3).rows(5, 5)]) == first_tokens([loader.rows(5, 5)])
+    assert loader.rows(0, 5).targets.sum() == 5 * (CONTEXT - 1)
 
 
 def test_packed_loader_without_rows_is_an_error() -> None:
     with pytest.raises(DataError, match="no packed rows"):
-        PackedLoader([], batch_size=1, seed=0)
+        PackedLoader([], seed=0)

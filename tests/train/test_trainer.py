@@ -31,15 +31,15 @@ class StoppedError(Exception):
 
 
 class FakeLoader:
-    """Batches as a function of the step; before some of them `stop` is called."""
+    """Two rows a step; before the rows of step `at`, `stop` is called."""
 
     def __init__(self, make_batch: Callable[..., Batch], at: int = -1, stop: Callable[[], None] = lambda: None) -> None:
         self.make_batch, self.at, self.stop = make_batch, at, stop
 
-    def batch(self, step: int) -> Batch:
-        if step == self.at:
+    def rows(self, first: int, count: int) -> Batch:
+        if first == 2 * self.at:
             self.stop()
-        return self.make_batch(rows=2, tokens=16, seed=step)
+        return self.make_batch(rows=count, tokens=16, seed=first // 2)
 
 
 Start = Callable[..., Step35]

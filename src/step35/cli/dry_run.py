@@ -38,13 +38,13 @@ def describe_training(model_config: ModelConfig, config: TrainConfig, console: C
     console.table("who gets which optimiser", ["parameter", "shape", "optimiser", "packed matrices", "decay"], rows)
     total = sum(p.numel() for p in named.values())
     active = sum(part.active for part in parts(model_config))
-    tokens = config.steps * config.batch_tokens
+    tokens = config.tokens_until(config.steps)
     figures = [
         ("parameters", f"{total:,}"),
         ("active for one token, embeddings, heads and MTP included", f"{active:,}"),
         ("weights, gradients and optimiser state", f"{state_bytes(named, table) / 1e9:.2f} GB"),
         ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
-        ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_tokens:,})"),
+        ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_rows * config.context:,} at the end)"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * active * tokens:.3g}"),
     ]
     console.table("dry run", ["figure", "value"], figures)

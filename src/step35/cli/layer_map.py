@@ -60,7 +60,7 @@ def rows(config: ModelConfig) -> list[dict[str, Any]]:
 
 def strip(config: ModelConfig) -> list[str]:
     """Return the map as lines: a ruler, F or S for attention, d or m for dense and MoE, ! where values are clipped."""
-    layers = [config.layer(i) for i in range(config.total_layers)]
+    layers = config.layers()
     lines = []
     for start in range(0, len(layers), STRIP):
         part = layers[start : start + STRIP]

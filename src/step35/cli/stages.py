@@ -138,7 +138,7 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
         architecture = preset(model_name).model_copy(update={"vocab_size": data.tokenizer.vocab_size})
         model = Step35(architecture)
         initialise(model, generator(config.seed, "init"))
-        loader = PretrainLoader(data.train, config.context, config.batch_rows, config.seed)
+        loader = PretrainLoader(data.train, config.context, config.seed)
         held_back = validation(data.val, config.context, max_rows=data.val.total_tokens)
         losses: list[float] = []
 
@@ -151,7 +151,7 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
         return {
             "val_loss": losses[-1] if losses else validate(),
             "steps": config.steps,
-            "tokens": config.steps * config.batch_tokens,
+            "tokens": config.tokens_until(config.steps),
         }
 
     return stage(run, config, work, preset=model_name, data=data.folder)

@@ -37,8 +37,7 @@ class Cost:
 def parts(config: ModelConfig) -> list[Part]:
     """Return the parameters by part; router biases, which no gradient moves, count as the checkpoint holds them."""
     width, vocabulary = config.hidden_size, config.vocab_size
-    trunk = [config.layer(i) for i in range(config.num_hidden_layers)]
-    extra = [config.layer(i) for i in range(config.num_hidden_layers, config.total_layers)]
+    trunk, extra = config.trunk_layers(), config.layers()[config.num_hidden_layers :]
     moe, dense = [layer for layer in trunk if layer.moe], [layer for layer in trunk if not layer.moe]
     expert = 3 * width * config.moe_intermediate_size
     rows = [
@@ -83,7 +82,7 @@ def cost(config: ModelConfig, context: int, *, weight_bytes: float = 2, cache_by
 
     Router, gate and output head are products like any other; softmax, norms and the embedding lookup are left out.
     """
-    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
+    layers = config.trunk_layers()
     used = active_parameters(config) + config.vocab_size * config.hidden_size
     kept = sum(kept_elements(la, context) for la in layers)
     return Cost(

@@ -185,6 +185,14 @@ class ModelConfig(Config):
             clip_shared=self.swiglu_limits_shared[index],
         )
 
+    def layers(self) -> list[LayerConfig]:
+        """Return the trunk's layers, then those of the MTP modules."""
+        return [self.layer(i) for i in range(self.total_layers)]
+
+    def trunk_layers(self) -> list[LayerConfig]:
+        """Return the trunk's layers."""
+        return self.layers()[: self.num_hidden_layers]
+
     def with_mtp(self, modules: int) -> ModelConfig:
         """Return this config with `modules` MTP modules; new ones copy the last module's entries.
 

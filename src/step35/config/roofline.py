@@ -126,7 +126,7 @@ def check(config: ModelConfig, setup: Setup) -> None:
 
 def held_bytes(config: ModelConfig, setup: Setup, *, batch: int, context: int) -> float:
     """Return the bytes that all devices hold: weights, and each sequence's cache, copied where heads are too few."""
-    layers = _layers(config, config.num_hidden_layers + setup.drafts)
+    layers = config.layers()[: config.num_hidden_layers + setup.drafts]
     kept = sum(kept_elements(layer, context) * setup.gpus / _cache_shards(layer, setup) for layer in layers)
     return _weight_bytes(config, setup) + batch * kept * BYTES[setup.cache]
 
@@ -143,7 +143,7 @@ def _trunk_pass(config: ModelConfig, setup: Setup, *, batch: int, context: int) 
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     chosen = sum(distinct_experts(config, tokens) for _ in config.moe_layers_enum)
     work = _Work(
-        layers=_layers(config, config.num_hidden_layers),
+        layers=config.trunk_layers(),
         read=sum(part.total for part in parts(config) if part.name in _DENSE) + chosen * expert,
         products=tokens * (active_parameters(config) + config.vocab_size * config.hidden_size),
         collectives=COLLECTIVES_A_BLOCK * config.num_hidden_layers + 1,
@@ -209,10 +209,6 @@ _DENSE = (
     "output head",
 )  # fmt: skip
 """Parts of the trunk that each pass reads whole."""
-
-
-def _layers(config: ModelConfig, count: int) -> list[LayerConfig]:
-    return [config.layer(i) for i in range(count)]
 
 
 def _cache_shards(layer: LayerConfig, setup: Setup) -> int:

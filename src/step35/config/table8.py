@@ -12,7 +12,7 @@ from functools import partial
 
 from step35.config.cost import active_parameters, attention, scores
 from step35.config.layouts import with_layout
-from step35.config.model import LayerConfig, ModelConfig
+from step35.config.model import ModelConfig
 from step35.config.presets import preset
 
 CONTEXTS = (65_536, 262_144)
@@ -86,13 +86,13 @@ def prefill(config: ModelConfig, context: int) -> float:
     Embedding and output head are left out, as in the report's "active". Sliding layers' scores are left out too:
     with them S1F1 on flash at 256k comes out 3.2% low instead of 2.7% (`sliding_share` says how much they are).
     """
-    full = [layer for layer in _trunk(config) if layer.window is None]
+    full = [layer for layer in config.trunk_layers() if layer.window is None]
     return 2.0 * active_parameters(config) + sum(scores(layer, context, mean=True) for layer in full)
 
 
 def sliding_share(config: ModelConfig, context: int) -> float:
     """Return the sliding layers' scores as a share of `prefill`."""
-    sliding = [layer for layer in _trunk(config) if layer.window is not None]
+    sliding = [layer for layer in config.trunk_layers() if layer.window is not None]
     return sum(scores(layer, context, mean=True) for layer in sliding) / prefill(config, context)
 
 
@@ -107,7 +107,7 @@ def decode_fit(config: ModelConfig, context: int, *, ffn_factor: int) -> float:
     With 8 for flash and 4 for 30b-a3b all entries are within 2%. A reading, ours and not the report's: the FLOPs of
     one device when attention is split over that many tensor-parallel ranks and the FFN is not.
     """
-    layers = _trunk(config)
+    layers = config.trunk_layers()
     projections = sum(2.0 * attention(config, layer) for layer in layers)
     ffn = 2.0 * active_parameters(config) - projections
     return projections + sum(scores(layer, context) for layer in layers) + ffn_factor * ffn
@@ -122,7 +122,3 @@ def variant(model: str, layout: str) -> ModelConfig:
 
 def _relative(count: Callable[[ModelConfig, int], float], model: str, layout: str, context: int) -> float:
     return count(variant(model, layout), context) / count(variant(model, "S3F1"), context)
-
-
-def _trunk(config: ModelConfig) -> list[LayerConfig]:
-    return [config.layer(i) for i in range(config.num_hidden_layers)]

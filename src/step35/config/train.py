@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -28,6 +29,15 @@ class AdamWConfig(Config):
     adamw_betas: tuple[float, float] = (0.9, 0.95)
 
 
+class RampConfig(Config):
+    """A smaller batch for the first tokens of a stage."""
+
+    rows: int = Field(ge=1)
+    """Rows of an update."""
+    until_tokens: int = Field(ge=1)
+    """Tokens of this stage after which the batch grows."""
+
+
 class TrainConfig(Config):
     """One training stage: `steps` updates on batches of `batch_rows` x `context` tokens."""
 
@@ -37,6 +47,8 @@ class TrainConfig(Config):
     """Rows of one update."""
     micro_rows: int = Field(default=16, ge=1)
     """Rows of one forward and backward pass; a batch is split into passes of this size."""
+    batch_ramp: tuple[RampConfig, ...] = ()
+    """Smaller batches at the start, in order of `until_tokens` (section 4.2)."""
     context: int = Field(default=256, ge=8)
     """Tokens of a row."""
     seed: int = Field(default=0, ge=0)
@@ -45,7 +57,9 @@ class TrainConfig(Config):
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate; Muon's update is scaled so that one rate serves both optimisers."""
     final_lr: float = Field(default=5e-4, ge=0)
-    """Rate at the end of the cosine."""
+    """Rate at the end."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes from its peak to `final_lr`; constant stays at the peak."""
     warmup_steps: int = Field(default=20, ge=0)
     """Updates over which the rate rises to its peak."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -59,6 +73,8 @@ class TrainConfig(Config):
     """Step at which MTP-2 and later are cloned from MTP-1 and join; None trains MTP-1 only."""
     balance_rate: float = Field(default=1e-3, ge=0)
     """Step of the loss-free router bias; 0 freezes it."""
+    final_balance_rate: float | None = Field(default=None, ge=0)
+    """Balance rate at the end, reached linearly; None stays at `balance_rate`."""
     ep_groups: int = Field(default=4, ge=1)
     """Expert groups of the balance loss, one per expert-parallel rank."""
     ep_weight: float = Field(default=1e-3, ge=0)
@@ -81,9 +97,39 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_rows={self.batch_rows} is not divisible by micro_rows={self.micro_rows}; choose from {divisors}"
             )
+        ends = [ramp.until_tokens for ramp in self.batch_ramp]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"batch_ramp: until_tokens must rise from entry to entry, not {ends}")
+        for ramp in self.batch_ramp:
+            if ramp.rows % self.micro_rows:
+                raise ValueError(f"batch_ramp: rows={ramp.rows} is not divisible by micro_rows={self.micro_rows}")
         return self
 
     @property
-    def batch_tokens(self) -> int:
-        """Tokens of one update."""
-        return self.batch_rows * self.context
+    def phases(self) -> list[tuple[int, int]]:
+        """Return (first step, rows of an update) of each part of the batch ramp; the last part has no end."""
+        found, step, tokens = [], 0, 0
+        for ramp in self.batch_ramp:
+            found.append((step, ramp.rows))
+            more = max(0, math.ceil((ramp.until_tokens - tokens) / (ramp.rows * self.context)))
+            step, tokens = step + more, tokens + more * ramp.rows * self.context
+        return [*found, (step, self.batch_rows)]
+
+    def rows_at(self, step: int) -> int:
+        """Return the rows of update `step` (0-based)."""
+        return next(rows for first, rows in reversed(self.phases) if first <= step)
+
+    def tokens_until(self, step: int) -> int:
+        """Return the tokens of the updates before `step`."""
+        phases = self.phases
+        ends = [first for first, _ in phases[1:]] + [max(step, phases[-1][0])]
+        return self.context * sum(
+            rows * (min(step, end) - first) for (first, rows), end in zip(phases, ends, strict=True) if first < step
+        )
+
+    def steps_for(self, tokens: int) -> int:
+        """Return the least number of updates that see `tokens` tokens."""
+        for (first, rows), end in zip(self.phases, [first for first, _ in self.phases[1:]] + [None], strict=True):
+            if end is None or self.tokens_until(end) >= tokens:
+                return first + max(0, math.ceil((tokens - self.tokens_until(first)) / (rows * self.context)))
+        raise AssertionError("the last phase has no end")

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step), so that a resumed run sees exactly what an unbroken one would.
+"""Rows as pure functions of (seed, row number), so that a resumed run sees exactly what an unbroken one would.
 
 Pre-training rows are consecutive windows of the token stream; attention, position and loss stop at document
 borders within a row (`Batch.segments`). Each epoch is its own permutation of the rows.
@@ -19,32 +19,32 @@ from step35.errors import DataError
 class PretrainLoader:
     """Batches of full rows from token shards."""
 
-    def __init__(self, shards: TokenShards, context: int, batch_size: int, seed: int) -> None:
+    def __init__(self, shards: TokenShards, context: int, seed: int) -> None:
         """Cut the stream into rows of `context` tokens; raises `DataError` when there is not one."""
         self.rows_per_epoch = _full_rows(shards, context)
         self._shards = shards
         self._context = context
-        self._order = _EpochOrder(self.rows_per_epoch, batch_size, seed)
+        self._order = _EpochOrder(self.rows_per_epoch, seed)
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of `step` (0, 1, ...); it depends on nothing but the data, the seed and `step`."""
-        return stack([_stream_row(self._shards, self._context, row) for row in self._order.rows(step)])
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count - 1` of an endless sequence that the data and the seed fix."""
+        return stack([_stream_row(self._shards, self._context, row) for row in self._order.rows(first, count)])
 
 
 class PackedLoader:
     """Batches of packed rows, see `pack_conversations`."""
 
-    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[Row], seed: int) -> None:
         """Serve `rows`; raises `DataError` when there are none."""
         if not rows:
             raise DataError("no packed rows: every conversation was left out; raise the context or add data.")
         self.rows_per_epoch = len(rows)
         self._rows = rows
-        self._order = _EpochOrder(len(rows), batch_size, seed)
+        self._order = _EpochOrder(len(rows), seed)
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of `step` (0, 1, ...); it depends on nothing but the rows, the seed and `step`."""
-        return stack([self._rows[row] for row in self._order.rows(step)])
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count - 1` of an endless sequence that the packed rows and the seed fix."""
+        return stack([self._rows[row] for row in self._order.rows(first, count)])
 
 
 def validation(shards: TokenShards, context: int, max_rows: int) -> Batch:
@@ -57,17 +57,15 @@ def validation(shards: TokenShards, context: int, max_rows: int) -> Batch:
 
 
 class _EpochOrder:
-    """Which rows a step takes: one permutation after the other, cut into batches across their borders."""
+    """The order of rows: one permutation after the other."""
 
-    def __init__(self, row_count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, row_count: int, seed: int) -> None:
         self._row_count = row_count
-        self._batch_size = batch_size
         self._seed = seed
         self._cached: tuple[int, np.ndarray[Any, Any]] | None = None
 
-    def rows(self, step: int) -> list[int]:
-        first = step * self._batch_size
-        return [self._row(position) for position in range(first, first + self._batch_size)]
+    def rows(self, first: int, count: int) -> list[int]:
+        return [self._row(position) for position in range(first, first + count)]
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, self._row_count)

@@ -28,7 +28,7 @@ class DenseCache:
         *,
         mtp: bool,
     ) -> None:
-        layers = [config.layer(i) for i in range(config.total_layers if mtp else config.num_hidden_layers)]
+        layers = config.layers() if mtp else config.trunk_layers()
         shapes = [(batch, slots, layer.kv_heads, layer.head_dim) for layer in layers]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]

@@ -84,7 +84,7 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     `rope.dimension_count` is left out on purpose: llama.cpp derives the rotary channels of each kind of layer from
     `attention.key_length` and would halve a stated value again. Raises `ConfigError` for what it cannot express.
     """
-    layers = [config.layer(i) for i in range(config.total_layers)]
+    layers = config.layers()
     _check_expressible(config, layers)
     theta = {layer.kind: layer.rope_theta for layer in layers}
     values = {

@@ -75,5 +75,5 @@ def fine_tune(
     rows, left_out = pack_conversations(samples, config.context, tokenizer.pad_id)
     if left_out:
         console.warn(f"{left_out} of {len(samples)} conversations are longer than context={config.context}: left out")
-    loader = PackedLoader(rows, config.batch_rows, config.seed)
+    loader = PackedLoader(rows, config.seed)
     return train(model, loader, config, run, console, name=name)

@@ -22,7 +22,7 @@ from step35.train import loss as losses
 from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
 from step35.train.groups import apply_gradients, build_optimisers
 from step35.train.monitors import experts as expert_monitor
-from step35.train.schedule import learning_rate
+from step35.train.schedule import balance_rate, learning_rate
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Learner:
         norm = apply_gradients(
             self.model, self.optimisers, lr=lr, clip=self.config.grad_clip, loss=tally.loss, where=f"step {step}"
         )
-        self._move_bias(tally.counts)
+        self._move_bias(tally.counts, balance_rate(self.config, step))
         health = expert_monitor.load_metrics(self.routing) if self.routing else {}
         return {
             "loss": tally.loss,
@@ -110,11 +110,11 @@ class Learner:
             tally.counts[r.layer] = tally.counts.get(r.layer, 0) + expert_counts(r)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _move_bias(self, counts: dict[int, Tensor]) -> None:
-        if self.config.balance_rate == 0 or self.config.freeze_router:
+    def _move_bias(self, counts: dict[int, Tensor], rate: float) -> None:
+        if rate == 0 or self.config.freeze_router:
             return
         for layer, counts_E in counts.items():
-            update_bias(self.model.router(layer).bias, counts_E, self.config.balance_rate)
+            update_bias(self.model.router(layer).bias, counts_E, rate)
 
     def panels(self) -> dict[str, Any]:
         """Return the layer x expert panels of the last micro-batch."""

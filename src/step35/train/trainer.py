@@ -21,10 +21,10 @@ from step35.train.step import Learner
 
 
 class Loader(Protocol):
-    """Batches as a pure function of the step number."""
+    """Rows as a pure function of their numbers."""
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of update `step`."""
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count - 1`."""
         ...
 
 
@@ -43,20 +43,22 @@ def train(
     Ctrl-C saves the state before `KeyboardInterrupt` goes on its way.
     """
     learner = Learner(model, config)
-    first = resume(learner, run, console)
+    restored = resume(learner, run, console)
+    first, row = restored.get("step", 0), restored.get("row", 0)
     with console.stage(name, config.steps, "step", done=first) as stage, interruptible() as interrupted:
         for step in range(first, config.steps):
             started = time.perf_counter()
-            metrics = learner.update(loader.batch(step), step)
-            done = step + 1
-            rate = config.batch_tokens / (time.perf_counter() - started)
+            rows = config.rows_at(step)
+            metrics = learner.update(loader.rows(row, rows), step)
+            done, row = step + 1, row + rows
+            rate = rows * config.context / (time.perf_counter() - started)
             if validate and (done % config.validate_every == 0 or done == config.steps):
                 metrics["val_loss"] = validate()
             if done % config.monitor_every == 0 or done == config.steps:
                 metrics.update(learner.panels())
-            run.metrics.log(done, tokens=done * config.batch_tokens, tokens_per_s=rate, **metrics)
+            run.metrics.log(done, tokens=config.tokens_until(done), tokens_per_s=rate, **metrics)
             if done % config.checkpoint_every == 0 or done == config.steps or interrupted():
-                checkpoint.save(run.checkpoints, done, {"step": done, **learner.state_dict()})
+                checkpoint.save(run.checkpoints, done, {"step": done, "row": row, **learner.state_dict()})
             if interrupted():
                 run.events.event("interrupted", step=done)
                 raise KeyboardInterrupt
@@ -64,19 +66,18 @@ def train(
     return model
 
 
-def resume(learner: Any, run: RunDir, console: Console) -> int:
-    """Load the newest readable checkpoint into `learner`; return the number of steps already done."""
+def resume(learner: Any, run: RunDir, console: Console) -> dict[str, Any]:
+    """Load the newest readable checkpoint into `learner`; return its state, empty when the run starts anew."""
     restored = checkpoint.latest_state(run.checkpoints)
-    done = 0
     if restored:
         for reason in restored.skipped:
             console.warn(reason)
             run.events.event("checkpoint_skipped", reason=reason)
         learner.load_state_dict(restored.state)
-        done = restored.state["step"]
-        run.events.event("resumed", step=done)
-    run.metrics.truncate_after(done)
-    return done
+        run.events.event("resumed", step=restored.state["step"])
+    state = restored.state if restored else {}
+    run.metrics.truncate_after(state.get("step", 0))
+    return state
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def reinforce(
 ) -> Step35:
     """Train `actor` in place to `config.steps` rounds, resuming from the run's newest checkpoint."""
     learner = RLLearner(actor, config)
-    first = resume(learner, run, console)
+    first = resume(learner, run, console).get("step", 0)
     sampler.update_weights(actor.state_dict(), first)
     with console.stage(name, config.steps, "round", done=first) as stage, interruptible() as interrupted:
         for step in range(first, config.steps):
