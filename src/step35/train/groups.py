@@ -47,8 +47,12 @@ def assign(config: ModelConfig, named: Mapping[str, Tensor], kind: str) -> list[
 
 
 def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW] or [AdamW] over the parameters that require a gradient."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Return [Muon, AdamW] or [AdamW] over all parameters.
+
+    Those without a gradient, such as a frozen router, are left alone by both, and every stage's optimisers fit the
+    state of the one before.
+    """
+    named = dict(model.named_parameters())
     table = assign(config, named, train.optim.kind)
     optimisers: list[torch.optim.Optimizer] = []
     if isinstance(train.optim, MuonConfig):

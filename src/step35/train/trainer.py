@@ -37,13 +37,17 @@ def train(
     *,
     name: str,
     validate: Callable[[], float] | None = None,
+    start: dict[str, Any] | None = None,
 ) -> Step35:
     """Train `model` in place to `config.steps`, resuming from the run's newest checkpoint.
 
-    Ctrl-C saves the state before `KeyboardInterrupt` goes on its way.
+    Without one it starts from `start`, the final state of an earlier stage, or from the model as it is. Ctrl-C saves
+    the state before `KeyboardInterrupt` goes on its way.
     """
     learner = Learner(model, config)
     restored = resume(learner, run, console)
+    if start and not restored:
+        learner.load_state_dict(start)
     first, row = restored.get("step", 0), restored.get("row", 0)
     with console.stage(name, config.steps, "step", done=first) as stage, interruptible() as interrupted:
         for step in range(first, config.steps):
