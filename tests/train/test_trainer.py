@@ -49,11 +49,17 @@ Start = Callable[..., Step35]
 def start(make_model: Callable[..., Step35], make_batch: Callable[..., Batch]) -> Start:
     """Return a function that trains in a folder with everything made anew, as a new process would."""
 
-    def start(folder: Path, at: int = -1, stop: Callable[[], None] = lambda: None, **changes: Any) -> Step35:
+    def start(
+        folder: Path,
+        at: int = -1,
+        stop: Callable[[], None] = lambda: None,
+        former: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Step35:
         model = make_model()
         loader = FakeLoader(make_batch, at, stop)
         config = CONFIG.model_copy(update=changes)
-        return train(model, loader, config, RunDir(folder), Console(), name="train", validate=lambda: 1.5)
+        return train(model, loader, config, RunDir(folder), Console(), name="train", validate=lambda: 1.5, start=former)
 
     return start
 
@@ -173,3 +179,21 @@ def test_validation_and_panels_are_logged_when_due(start: Start, tmp_path: Path)
     assert [r["step"] for r in records if "expert_load" in r] == [3, 6, 7]
     assert [r["tokens"] for r in records] == [32 * step for step in range(1, 8)]
     assert [len(r["mtp_loss"]) for r in records] == [1, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_stage_takes_up_the_weights_and_moments_of_another_also_with_a_frozen_router(
+    start: Start, tmp_path: Path
+) -> None:
+    start(tmp_path / "first")
+    former = checkpoint.load(tmp_path / "first" / "checkpoints" / "step_7")
+    start(tmp_path / "second", former=former, freeze_router=True, steps=1, lr=1e-9, warmup_steps=0)
+    second = checkpoint.load(tmp_path / "second" / "checkpoints" / "step_1")
+    for name, tensor in former["model"].items():
+        if "router" in name:
+            assert torch.equal(second["model"][name], tensor), name
+        else:
+            torch.testing.assert_close(second["model"][name], tensor, rtol=0, atol=1e-7)
+    momenta = [s["momentum"] for s in former["optimisers"][0]["state"].values()]
+    later = [s["momentum"] for s in second["optimisers"][0]["state"].values()]
+    # One step keeps 95% of the momentum; from nothing it would be 5% of a gradient.
+    assert all(0.8 < float((new * old).sum() / (old * old).sum()) for new, old in zip(later, momenta, strict=True))
