@@ -103,9 +103,15 @@ def whole_run(path: Path) -> Path:
     )
     RunDir(run.path / "data").write_json(
         "prepare.json",
-        {"sources": [{"name": "code", "licence": "PSF", "tokens": 1000}], "skipped": {"no_licence": 7}},
+        {
+            "sources": [{"name": "code", "licence": "PSF", "tokens": 1000}],
+            "skipped": {"no_licence": 7},
+            "unigram_loss": 6.1,
+            "bigram_loss": 4.2,
+        },
     )
     for stage in ("train", "sft"):
+        RunDir(run.path / stage).write_json("done.json", {"steps": 20, "seconds": 1.5})
         metrics = RunDir(run.path / stage).metrics
         for step in range(1, 21):
             metrics.log(
@@ -216,3 +222,17 @@ def test_the_running_mean_leaves_gaps_out() -> None:
     values = [1.0, 2.0, 3.0, math.nan, 5.0]
     assert charts.running_mean(values, width=3) == [1.5, 2.0, 2.5, 4.0, 5.0]
     assert math.isnan(charts.running_mean([math.nan] * 3)[1])
+
+
+def test_a_recipe_shows_its_stages_in_order_with_their_probes(tmp_path):
+    for name in ("10-sft", "2-long", "1-short"):
+        stage = RunDir(tmp_path / name)
+        stage.metrics.log(1, loss=2.0)
+        probes = [{"context": 1024, "accuracy": 0.5, "by_depth": [0.5, None]}]
+        stage.write_json("done.json", {"steps": 1, "val_loss": 2.5, "needles_after": probes, "acceptance_after": [0.8]})
+    found = panels(build_report(tmp_path).read_text())
+    order = re.findall(r"<td>(\d+-\w+)</td>", found["Stages"])
+    assert order == ["1-short", "2-long", "10-sft"]
+    assert found["Stages"].count("needles found after, by depth (rows: 1024)") == 3
+    assert found["Loss"].count("2-long: loss") == 1
+    assert "cannot be shown" not in "".join(found.values())

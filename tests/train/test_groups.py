@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from step35.config.presets import tiny
-from step35.config.train import AdamWConfig, MuonConfig, TrainConfig
+from step35.config.train import MuonConfig, TrainConfig
 from step35.model.step35 import Step35
 from step35.train.groups import Assignment, assign, build_optimisers
 from step35.train.muon import Muon

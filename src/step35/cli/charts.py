@@ -74,10 +74,17 @@ def running_mean(values: Sequence[float], width: int = 9) -> list[float]:
     return means
 
 
-def heat_map(title: str, table: Sequence[Sequence[float]], *, xlabel: str, ylabel: str) -> Figure:
-    """Draw a table of numbers as colours, the first row at the top."""
+def heat_map(
+    title: str,
+    table: Sequence[Sequence[float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> Figure:
+    """Draw a table of numbers as colours, the first row at the top; `limits` are the ends of the colours."""
     figure, axes = _axes(title, xlabel, ylabel)
-    image = axes.imshow(table, aspect="auto", interpolation="none", cmap="viridis")
+    image = axes.imshow(table, aspect="auto", interpolation="none", cmap="viridis", vmin=limits[0], vmax=limits[1])
     axes.grid(visible=False)
     axes.set_yticks(range(0, len(table), max(1, len(table) // 10)))
     bar = figure.colorbar(image)

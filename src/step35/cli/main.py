@@ -22,6 +22,7 @@ VERBS = {
     "doctor": "say what this machine can do",
     "prepare": "build a tokenizer and token shards from local text",
     "train": "pre-train a model",
+    "curriculum": "train through the stages of a recipe: longer contexts, other data, other rates",
     "sft": "fine-tune on conversations",
     "rl": "reinforcement learning with MIS-PO",
     "eval": "measure held-out accuracy, MTP acceptance and speed",
@@ -35,7 +36,7 @@ VERBS = {
 CONFIG_HELP = """
 
 `--config FILE` reads settings from TOML, or from JSON such as a run's own config.json; flags win over it."""
-RESUMABLE = ("demo", "prepare", "train", "sft", "rl", "eval")
+RESUMABLE = ("demo", "prepare", "train", "curriculum", "sft", "rl", "eval")
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -97,7 +98,7 @@ def _from_file(args: Any, default: Any, rest: list[str]) -> tuple[list[str], Any
 
 def usage() -> str:
     """Return the text of `step35 --help`."""
-    verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:<11} {text}" for name, text in VERBS.items())
     return (
         "usage: step35 VERB [--config FILE] [options]\n\n"
         f"The open Step 3.5 Flash stack: train, post-train, speculate and evaluate.\n\n{verbs}\n\n"

@@ -7,6 +7,7 @@ It reads what the stages left in the run directory and can be built after any of
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from step35.errors import DataError
 from step35.runtime.disk import write_text
 from step35.runtime.metrics import read_metrics
 
-STAGES = ("train", "sft", "rl")
+ORDER = ("train", "sft", "rl")
+"""The demo's stages; those of a recipe are numbered."""
 
 
 class Findings:
@@ -30,13 +32,16 @@ class Findings:
         self.evaluation = self._json("eval.json")
         self.prepare = self._json("data/prepare.json")
         self.env = self._json("env.json")
+        below = sorted((file.parent.name for file in run.glob("*/metrics.jsonl")), key=_place)
+        self.metrics = {stage: self._metrics(stage) for stage in below}
+        if own := self._metrics("."):  # a run of one stage keeps its metrics at the top
+            self.metrics = {"rl" if _rewarded(own) else "train": own, **self.metrics}
+        self.trained = [stage for stage, records in self.metrics.items() if not _rewarded(records)]
+        self.reinforced = [stage for stage in self.metrics if stage not in self.trained]
+        self.results = {stage: self._json(f"{stage}/done.json") for stage in below}
         self.settings = {
-            name: found for name in ("", *STAGES) if (found := self._json(f"{name}/config.json".strip("/")))
+            name: found for name in ("", *below) if (found := self._json(f"{name}/config.json".strip("/")))
         }
-        self.metrics = {stage: self._metrics(stage) for stage in STAGES}
-        own = self._metrics(".")  # a run of one stage keeps its metrics at the top
-        stage = "rl" if any("reward" in record for record in own) else "train"
-        self.metrics[stage] = self.metrics[stage] or own
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.run / name
@@ -55,6 +60,15 @@ class Findings:
         except (DataError, OSError) as error:
             self.problems.append(str(error))
             return []
+
+
+def _place(stage: str) -> tuple[int, str]:
+    number = stage.partition("-")[0]
+    return (ORDER.index(stage) if stage in ORDER else int(number) if number.isdigit() else len(ORDER)), stage
+
+
+def _rewarded(records: list[dict[str, Any]]) -> bool:
+    return any("reward" in record for record in records)
 
 
 def build_report(run: Path) -> Path:
@@ -87,12 +101,12 @@ def _summary(findings: Findings) -> str:
 
 def _loss(findings: Findings) -> str:
     drawings = []
-    for stage in ("train", "sft"):
+    for stage in findings.trained:
         records = findings.metrics[stage]
         curves = {"loss": series(records, "loss"), "val_loss": series(records, "val_loss")}
         depths = max((len(r["mtp_loss"]) for r in records if isinstance(r.get("mtp_loss"), list)), default=0)
         curves |= {f"mtp_loss {depth + 1}": series(records, "mtp_loss", depth) for depth in range(depths)}
-        names = ("unigram_loss", "bigram_loss") if stage == "train" else ()
+        names = ("unigram_loss", "bigram_loss") if stage == findings.trained[0] else ()
         levels = {name: level for name in names if isinstance(level := findings.summary.get(name), int | float)}
         drawings += _lines(f"{stage}: loss", curves, levels)
     return page.charts(drawings)
@@ -100,12 +114,12 @@ def _loss(findings: Findings) -> str:
 
 def _optimisation(findings: Findings) -> str:
     keys = {"lr": "learning rate", "grad_norm": "gradient norm", "clip_share": "clipped share"}
-    return page.charts(_each(findings, ("train", "sft"), keys))
+    return page.charts(_each(findings, findings.trained, keys))
 
 
 def _experts(findings: Findings) -> str:
     drawings = []
-    for stage in ("train", "sft"):
+    for stage in findings.trained:
         records = findings.metrics[stage]
         loads = [record for record in records if record.get("expert_load")]
         if loads:
@@ -113,13 +127,13 @@ def _experts(findings: Findings) -> str:
             load = loads[-1]["expert_load"]
             drawings.append(charts.svg(charts.heat_map(title, load, xlabel="expert", ylabel="MoE layer")))
         keys = {"load_cv": "load CV", "dead_experts": "dead experts", "balance_loss": "balance loss"}
-        drawings += _each(findings, (stage,), keys)
+        drawings += _each(findings, [stage], keys)
     return page.charts(drawings)
 
 
 def _expert_health(findings: Findings) -> str:
     drawings = []
-    for stage in ("train", "sft"):
+    for stage in findings.trained:
         for key, label in (("expert_norm", "expert weight norm"), ("expert_rms", "expert activation RMS")):
             records = [record for record in findings.metrics[stage] if record.get(key)]
             if records:
@@ -138,7 +152,7 @@ def _rl(findings: Findings) -> str:
         "kl": "KL", "truncation_rate": "truncation rate", "value_loss": "value loss",
         "response_tokens": "response tokens", "tool_errors": "tool errors", "lr": "learning rate",
     }  # fmt: skip
-    return page.charts(_each(findings, ("rl",), keys))
+    return page.charts(_each(findings, findings.reinforced, keys))
 
 
 def _accuracy(findings: Findings) -> str:
@@ -166,9 +180,27 @@ def _speculation(findings: Findings) -> str:
     return page.charts([charts.svg(figure)])
 
 
+def _stages(findings: Findings) -> str:
+    """Show what each stage took and reached, and the probes that a recipe put to the model before and after."""
+    rows, drawings = [], []
+    for stage, result in findings.results.items():
+        if not result:
+            continue
+        accepted = [", ".join(map(page.number, result.get(f"acceptance_{name}", []))) for name in ("before", "after")]
+        rows.append((stage, *(result.get(key) for key in ("steps", "tokens", "seconds", "val_loss")), *accepted))
+        for name in ("before", "after"):
+            if found := result.get(f"needles_{name}"):
+                title = f"{stage}: needles found {name}, by depth (rows: {', '.join(str(r['context']) for r in found)})"
+                table = [[math.nan if part is None else part for part in r["by_depth"]] for r in found]
+                figure = charts.heat_map(title, table, xlabel="depth, eighths", ylabel="context", limits=(0.0, 1.0))
+                drawings.append(charts.svg(figure))
+    columns = ("stage", "steps", "tokens", "seconds", "validation loss", "acceptance before", "acceptance after")
+    return page.table(columns, rows) + page.charts(drawings)
+
+
 def _speed(findings: Findings) -> str:
     measured = page.table(("measure", "value"), (findings.evaluation.get("speed") or {}).items())
-    return measured + page.charts(_each(findings, STAGES, {"tokens_per_s": "tokens/s"}))
+    return measured + page.charts(_each(findings, list(findings.metrics), {"tokens_per_s": "tokens/s"}))
 
 
 def _transcripts(findings: Findings) -> str:
@@ -192,7 +224,7 @@ def _settings(findings: Findings) -> str:
     return env + "".join(folds)
 
 
-def _each(findings: Findings, stages: tuple[str, ...], keys: dict[str, str]) -> list[str]:
+def _each(findings: Findings, stages: list[str], keys: dict[str, str]) -> list[str]:
     """Draw one chart for each stage and entry of `keys`: names of metrics, and what they are called."""
     drawings = []
     for stage in stages:
@@ -209,6 +241,7 @@ def _lines(title: str, curves: dict[str, charts.Series], levels: dict[str, float
 
 PANELS: tuple[tuple[str, Callable[[Findings], str]], ...] = (
     ("Summary", _summary),
+    ("Stages", _stages),
     ("Loss", _loss),
     ("Optimisation", _optimisation),
     ("Expert load", _experts),

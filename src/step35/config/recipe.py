@@ -20,10 +20,10 @@ from step35.config.train import TrainConfig
 
 
 class ProbeConfig(Config):
-    """A needle-retrieval probe after the stage: facts at a distance that the model must repeat."""
+    """A needle-retrieval probe: facts far back that the model must find, before the stage and after it."""
 
-    context: int = Field(ge=64)
-    """Tokens of a probe prompt."""
+    contexts: tuple[int, ...] = Field(min_length=1)
+    """Tokens of the prompts, one entry for each length to try."""
     prompts: int = Field(default=64, ge=1)
     """Prompts; the depth of the needle runs evenly over the context."""
 

@@ -11,7 +11,7 @@ from step35.api.messages import Message, ToolSchema
 from step35.config.train import TrainConfig
 from step35.data import chat
 from step35.data.loader import PackedLoader
-from step35.data.packing import pack_conversations
+from step35.data.packing import Row, pack_conversations
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
 from step35.model.step35 import Step35
@@ -71,9 +71,16 @@ def fine_tune(
     name: str = "sft",
 ) -> Step35:
     """Train `model` in place on `conversations`."""
-    samples = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
-    rows, left_out = pack_conversations(samples, config.context, tokenizer.pad_id)
-    if left_out:
-        console.warn(f"{left_out} of {len(samples)} conversations are longer than context={config.context}: left out")
-    loader = PackedLoader(rows, config.seed)
+    loader = PackedLoader(packed_rows(conversations, tokenizer, config.context, console), config.seed)
     return train(model, loader, config, run, console, name=name)
+
+
+def packed_rows(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, console: Console
+) -> list[Row]:
+    """Pack conversations into rows of `context` tokens; those that are longer are left out and counted."""
+    samples = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
+    rows, left_out = pack_conversations(samples, context, tokenizer.pad_id)
+    if left_out:
+        console.warn(f"{left_out} of {len(samples)} conversations are longer than context={context}: left out")
+    return rows

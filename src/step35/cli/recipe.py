@@ -1,0 +1,209 @@
+"""The stages of a recipe, run in turn: each starts from the weights, moments and data position of the one before.
+
+A stage's folder is a run directory; its `model/` is the checkpoint in the released layout, `account.json` says what it
+read. After a stage with a probe, the needle probe is put to the model before it and after it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from step35.cli import stages
+from step35.cli.report import build_report
+from step35.config.model import ModelConfig
+from step35.config.post import SFTConfig
+from step35.config.presets import preset
+from step35.config.recipe import RecipeConfig, StageConfig, with_theta
+from step35.config.train import TrainConfig
+from step35.data.loader import PackedLoader, validation
+from step35.data.packing import Batch
+from step35.data.prepare import PreparedData
+from step35.data.sampler import MixtureLoader
+from step35.engine.llm import LLM
+from step35.errors import CheckpointError, ConfigError
+from step35.evals.needle import find_needles
+from step35.evals.speed import acceptance
+from step35.model.init import initialise
+from step35.model.step35 import Step35
+from step35.post.sft import packed_rows, read_conversations
+from step35.runtime import checkpoint
+from step35.runtime.console import Console
+from step35.runtime.device import pick_device
+from step35.runtime.rundir import RunDir
+from step35.runtime.seeding import generator
+from step35.train.step import validation_loss
+from step35.train.trainer import train
+
+CALCULATOR = "calculator"
+"""Conversations of this name are synthesised: calculator demonstrations with executed calls."""
+ACCEPTANCE_PROMPTS = 24
+ACCEPTANCE_TOKENS = 48
+
+
+def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
+    """Run every stage of `recipe` that is not done yet, then write the report page."""
+    settings = recipe.model_dump(mode="json")
+    run.check_config(settings)
+    run.write_config(settings)
+    run.write_env()
+    first = recipe.training(recipe.stages[0])
+    data = stages.prepare_data(run.path / "data", recipe.prepare, console, context=first.context)
+    former: RunDir | None = None
+    rows = []
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = RunDir(run.path / f"{number}-{stage.name}")
+        result = run_stage(folder, recipe, stage, data, former, console)
+        rows.append((stage.name, *_figures(result)))
+        former = folder
+    columns = ["stage", "validation loss", "needles before", "needles after", "acceptance before", "acceptance after"]
+    console.table("curriculum", columns, rows)
+    console.print(f"report: {build_report(run.path)}")
+
+
+def run_stage(
+    run: RunDir, recipe: RecipeConfig, stage: StageConfig, data: PreparedData, former: RunDir | None, console: Console
+) -> dict[str, Any]:
+    """Train one stage in `run`, or return its result when it is done."""
+    config = recipe.training(stage)
+
+    def work() -> dict[str, Any]:
+        shape = architecture(recipe, stage, data.tokenizer.vocab_size)
+        model, start = _model(shape, recipe, former)
+        loader = _loader(recipe, stage, config, data, console)
+        held_back = validation_rows(data, config)
+        losses: list[float] = []
+
+        def validate() -> float:
+            losses.append(validation_loss(model, held_back, rows=max(1, 4096 // config.context)))
+            return losses[-1]
+
+        train(model, loader, config, run, console, name=stage.name, validate=validate, start=start)
+        stages.publish(model, data.tokenizer, run.path / "model")
+        if isinstance(loader, MixtureLoader):
+            run.write_json("account.json", loader.account(config.tokens_until(config.steps) // config.context))
+        found: dict[str, Any] = {"tokens": config.tokens_until(config.steps), "steps": config.steps}
+        found["val_loss"] = losses[-1] if losses else validate()
+        return found | _compare(recipe, stage, config, former, run, data, console)
+
+    inputs: dict[str, str | Path] = {"recipe": stage.model_dump_json(), "data": data.folder}
+    if former:
+        inputs["former"] = former.path / "model"
+    return stages.stage(run, config, work, **inputs)
+
+
+def architecture(recipe: RecipeConfig, stage: StageConfig, vocab_size: int) -> ModelConfig:
+    """Return the model of `stage`: the preset with the recipe's MTP modules and the angles reached by then."""
+    shape = preset(recipe.preset).model_copy(update={"vocab_size": vocab_size})
+    if recipe.mtp is not None:
+        shape = shape.with_mtp(recipe.mtp)
+    for earlier in recipe.stages[: recipe.stages.index(stage) + 1]:
+        shape = with_theta(shape, earlier.theta_full, earlier.theta_sliding)
+    return shape
+
+
+def _model(shape: ModelConfig, recipe: RecipeConfig, former: RunDir | None) -> tuple[Step35, dict[str, Any] | None]:
+    """Return the model, and the final state of the stage before it, from which training starts."""
+    model = Step35(shape)
+    initialise(model, generator(recipe.seed, "init"))
+    state = None
+    if former:
+        restored = checkpoint.latest_state(former.checkpoints)
+        if restored is None:
+            raise CheckpointError(f"{former.checkpoints} holds no checkpoint; delete {former.path} to train it again.")
+        state = restored.state
+    return model.to(pick_device("auto")), state
+
+
+def _loader(
+    recipe: RecipeConfig, stage: StageConfig, config: TrainConfig, data: PreparedData, console: Console
+) -> MixtureLoader | PackedLoader:
+    if stage.conversations:
+        return _conversations(recipe, stage, config, data, console)
+    loader = mixture(recipe, stage, data)
+    account = loader.account(config.tokens_until(config.steps) // config.context)
+    for name, read in account.items():
+        if read["epochs"] > 4:
+            console.warn(
+                f"{stage.name}: source {name} is read {read['epochs']:.1f} times over; more than 4 adds little"
+            )
+    return loader
+
+
+def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> MixtureLoader:
+    """Return the stage's mixture; each source goes on where the stages before have left it."""
+    config = recipe.training(stage)
+    weights = recipe.weights(stage)
+    missing = sorted(weights.keys() - data.sources.keys())
+    if missing:
+        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
+    offsets: dict[str, int] = {}
+    for earlier in recipe.stages[: recipe.stages.index(stage)]:
+        if earlier.mixture:
+            before, rows = mixture(recipe, earlier, data), recipe.training(earlier)
+            for name, read in before.account(rows.tokens_until(rows.steps) // rows.context).items():
+                offsets[name] = offsets.get(name, 0) + read["tokens"]
+    mask = stage.mask_meta_from_tokens
+    first_masked = None if mask is None else max(0, mask - recipe.tokens_before(stage)) // config.context
+    sources = {name: data.sources[name] for name in weights}
+    return MixtureLoader(
+        sources, weights, context=config.context, seed=recipe.seed, offsets=offsets, mask_meta_from=first_masked
+    )
+
+
+def _conversations(
+    recipe: RecipeConfig, stage: StageConfig, config: TrainConfig, data: PreparedData, console: Console
+) -> PackedLoader:
+    if stage.conversations == CALCULATOR:
+        samples = stages.synthesise(SFTConfig(conversations=stage.tokens // 100, seed=recipe.seed), console)
+    else:
+        samples = read_conversations(Path(str(stage.conversations)), console.warn)
+    return PackedLoader(packed_rows(samples, data.tokenizer, config.context, console), recipe.seed)
+
+
+def _compare(
+    recipe: RecipeConfig,
+    stage: StageConfig,
+    config: TrainConfig,
+    former: RunDir | None,
+    run: RunDir,
+    data: PreparedData,
+    console: Console,
+) -> dict[str, Any]:
+    """Put the stage's probes to the model before it and after it."""
+    models = {"before": former.path / "model"} if former else {}
+    models["after"] = run.path / "model"
+    found: dict[str, Any] = {}
+    for name, folder in models.items():
+        llm = LLM(folder, max_batch=8)
+        if stage.probe:
+            with console.stage(f"{stage.name}: needles {name}", len(stage.probe.contexts), "context") as shown:
+                found[f"needles_{name}"] = []
+                for context in stage.probe.contexts:
+                    result = find_needles(
+                        llm, data.tokenizer, context=context, prompts=stage.probe.prompts, seed=recipe.seed
+                    )
+                    found[f"needles_{name}"].append(result)
+                    shown.advance(1, f"{result['accuracy']:.1%} at {context:,}")
+        if config.mtp_joint_from is not None:
+            prompts = validation_rows(data, config).tokens[:ACCEPTANCE_PROMPTS, :64].tolist()
+            found[f"acceptance_{name}"] = acceptance(
+                llm, prompts, depth=len(llm.model.mtp), max_tokens=ACCEPTANCE_TOKENS
+            )
+    return found
+
+
+def validation_rows(data: PreparedData, config: TrainConfig) -> Batch:
+    """Return the held-back rows at the stage's context, about 65,000 tokens of them."""
+    return validation(data.val, config.context, max_rows=max(1, 65_536 // config.context))
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    needles = [
+        ", ".join(f"{r['accuracy']:.0%} at {r['context']:,}" for r in result.get(f"needles_{name}", [])) or "-"
+        for name in ("before", "after")
+    ]
+    accepted = [
+        ", ".join(f"{rate:.2f}" for rate in result.get(f"acceptance_{name}", [])) or "-" for name in ("before", "after")
+    ]
+    return [f"{result['val_loss']:.3f}", *needles, *accepted]
