@@ -27,9 +27,7 @@ class Reader:
         return [Completion(tuple(self.tokenizer.encode(self.answer(p))), (), "length") for p in prompts]
 
     def answer(self, prompt: Sequence[int]) -> str:
-        whole, seen = self.tokenizer.decode(list(prompt)), self.tokenizer.decode(list(prompt)[-self.sight :])
-        name = whole.rpartition("key of the ")[2]
-        found = re.search(f"The key of the {name} (\\d+)", seen)
+        found = re.search(r"The pass key is (\d+)", self.tokenizer.decode(list(prompt)[-self.sight :]))
         return f" {found[1]}." if found else " 0."
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
