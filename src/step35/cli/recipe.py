@@ -6,6 +6,7 @@ read. After a stage with a probe, the needle probe is put to the model before it
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from step35.train.trainer import train
 
 CALCULATOR = "calculator"
 """Conversations of this name are synthesised: calculator demonstrations with executed calls."""
+MANY_EPOCHS = 4
+"""Reading data more often adds little (Muennighoff et al. 2023, arXiv:2305.16264)."""
 ACCEPTANCE_PROMPTS = 24
 ACCEPTANCE_TOKENS = 48
 
@@ -81,7 +84,8 @@ def run_stage(
         train(model, loader, config, run, console, name=stage.name, validate=validate, start=start)
         stages.publish(model, data.tokenizer, run.path / "model")
         if isinstance(loader, MixtureLoader):
-            run.write_json("account.json", loader.account(config.tokens_until(config.steps) // config.context))
+            account = loader.account(config.tokens_until(config.steps) // config.context)
+            run.write_json("account.json", {name: asdict(read) for name, read in account.items()})
         found: dict[str, Any] = {"tokens": config.tokens_until(config.steps), "steps": config.steps}
         found["val_loss"] = losses[-1] if losses else validate()
         return found | _compare(recipe, stage, config, former, run, data, console)
@@ -121,33 +125,35 @@ def _loader(
     if stage.conversations:
         return _conversations(recipe, stage, config, data, console)
     loader = mixture(recipe, stage, data)
-    account = loader.account(config.tokens_until(config.steps) // config.context)
-    for name, read in account.items():
-        if read["epochs"] > 4:
-            console.warn(
-                f"{stage.name}: source {name} is read {read['epochs']:.1f} times over; more than 4 adds little"
-            )
+    for name, read in loader.account(config.tokens_until(config.steps) // config.context).items():
+        if read.epochs > MANY_EPOCHS:
+            console.warn(f"{stage.name}: source {name!r} is read {read.epochs:.1f} times over; prepare more of it")
     return loader
 
 
 def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> MixtureLoader:
     """Return the stage's mixture; each source goes on where the stages before have left it."""
-    config = recipe.training(stage)
-    weights = recipe.weights(stage)
+    start: dict[str, int] = {}
+    for earlier in recipe.stages[: recipe.stages.index(stage)]:
+        if earlier.mixture:
+            config = recipe.training(earlier)
+            start |= _mixture(recipe, earlier, data, start).behind(config.tokens_until(config.steps) // config.context)
+    return _mixture(recipe, stage, data, start)
+
+
+def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start: dict[str, int]) -> MixtureLoader:
+    weights, context = recipe.weights(stage), recipe.training(stage).context
     missing = sorted(weights.keys() - data.sources.keys())
     if missing:
         raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
-    offsets: dict[str, int] = {}
-    for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        if earlier.mixture:
-            before, rows = mixture(recipe, earlier, data), recipe.training(earlier)
-            for name, read in before.account(rows.tokens_until(rows.steps) // rows.context).items():
-                offsets[name] = offsets.get(name, 0) + read["tokens"]
-    mask = stage.mask_meta_from_tokens
-    first_masked = None if mask is None else max(0, mask - recipe.tokens_before(stage)) // config.context
-    sources = {name: data.sources[name] for name in weights}
+    from_tokens = stage.mask_meta_from_tokens
     return MixtureLoader(
-        sources, weights, context=config.context, seed=recipe.seed, offsets=offsets, mask_meta_from=first_masked
+        {name: data.sources[name] for name in weights},
+        weights,
+        context=context,
+        seed=recipe.seed,
+        start=start,
+        mask_meta_from=None if from_tokens is None else max(0, from_tokens - recipe.tokens_before(stage)) // context,
     )
 
 
