@@ -28,7 +28,7 @@ from step35.config.presets import preset
 from step35.config.rl import RLConfig
 from step35.config.train import TrainConfig
 from step35.data import chat
-from step35.data.arithmetic import PHRASINGS, problem
+from step35.data.arithmetic import problem
 from step35.data.loader import PretrainLoader, validation
 from step35.data.prepare import PreparedData, prepare
 from step35.data.tokenizer import Tokenizer, load_tokenizer
@@ -181,9 +181,7 @@ def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
     calculator = Calculator()
 
     def solve(number: int) -> list[Message]:
-        glimpse = random.Random(f"glimpse/{config.seed}/{number}").random() < config.glimpses
-        phrasings = PHRASINGS if glimpse else config.phrasings
-        drawn = problem(number, split="train", seed=config.seed, phrasings=phrasings)
+        drawn = problem(number, split="train", seed=config.seed, phrasings=config.phrasings)
         return demonstration(drawn, calculator, index=number, mistakes=config.mistakes)
 
     made = []

@@ -19,8 +19,6 @@ class SFTConfig(TrainConfig):
     """Share of demonstrations that come after another question and its answer."""
     phrasings: int = Field(default=4, ge=1, le=4)
     """Ways of putting a problem that the demonstrations cover; the others are left for RL to meet."""
-    glimpses: float = Field(default=0.0, ge=0, le=1)
-    """Share of demonstrations put in any way: where no sample is ever right, RL has nothing to reinforce."""
 
 
 class EvalConfig(Config):
