@@ -83,10 +83,12 @@ def test_adamw_may_have_everything() -> None:
 
 def test_optimisers_hold_every_trainable_parameter_once_with_its_decay() -> None:
     model = meta_model()
-    train = TrainConfig(weight_decay=0.07, lr=0.01, optim=MuonConfig(momentum=0.8, steps=4, iteration_dtype="float32"))
+    train = TrainConfig(
+        weight_decay=0.07, lr=0.01, optim=MuonConfig(momentum=0.8, steps=4, smallest=0.01, iteration_dtype="float32")
+    )
     muon, adamw = build_optimisers(model, CONFIG, train)
     assert isinstance(muon, Muon)
-    assert muon.polar == {"steps": 4, "dtype": torch.float32}
+    assert muon.polar == {"steps": 4, "smallest": 0.01, "dtype": torch.float32}
     assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["weight_decay"]) == (0.8, 0.07)
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.07, 0.0]
     assert all(parameter.ndim == 1 for parameter in adamw.param_groups[1]["params"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step35.train.muon import Matrices, Muon, orthogonalised
+from step35.train import muon
+from step35.train.muon import BATCH_ELEMENTS, Matrices, Muon, batches
 from step35.train.polar import polar_express
 
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "dtype": torch.float32}
@@ -55,7 +56,7 @@ def test_packed_rows_are_updated_as_the_separate_matrices_they_are() -> None:
     together = stepped(weight, sizes, gradients)
     parts = zip(weight.split(sizes), *(g.split(sizes) for g in gradients), strict=True)
     separate = torch.cat([stepped(part, (len(part),), list(grads)) for part, *grads in parts])
-    torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-6)
+    assert torch.equal(together, separate)
     assert (together - stepped(weight, (20,), gradients)).abs().max() > 1e-3  # one big matrix would be another update
 
 
@@ -69,7 +70,7 @@ def test_experts_are_updated_as_the_separate_matrices_they_are(sizes: tuple[int,
     for e in range(5):
         parts = zip(weight[e].split(rows), gradient[e].split(rows), strict=True)
         separate = torch.cat([stepped(w, (len(w),), [g]) for w, g in parts])
-        torch.testing.assert_close(together[e], separate, rtol=1e-5, atol=1e-6)
+        assert torch.equal(together[e], separate)
 
 
 def test_a_parameter_without_gradient_is_left_alone() -> None:
@@ -83,12 +84,21 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     assert not torch.equal(busy, before)
 
 
-def test_matrices_of_one_shape_and_its_transpose_do_not_get_mixed_up() -> None:
-    batches = [random(2, 4, 6), random(1, 6, 4, seed=1), random(3, 5, 5, seed=2), random(1, 4, 6, seed=3)]
-    results = orthogonalised(batches, steps=6, dtype=torch.float32)
-    assert [r.shape for r in results] == [b.shape for b in batches]
-    for result, batch in zip(results, batches, strict=True):
-        torch.testing.assert_close(result, polar_express(batch, dtype=torch.float32), rtol=1e-4, atol=1e-5)
+def test_batches_hold_each_matrix_once_with_others_of_its_shape_only() -> None:
+    shapes = [torch.Size(s) for s in [(4, 6), (6, 4), (5, 5), (4, 6)] * 5 + [(1 << 10, 1 << 10)]]
+    found = list(batches(shapes, "cpu"))
+    assert sorted(number for numbers in found for number in numbers) == list(range(len(shapes)))
+    assert [len(numbers) for numbers in found] == [10, 5, 5, 1]
+    for numbers in found:
+        assert len({shapes[i] for i in numbers}) == 1
+
+
+def test_small_batches_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gradient = random(9, 12, 8, seed=1), random(9, 12, 8, seed=2)
+    whole = stepped(weight, (12,), [gradient], dim=1)
+    monkeypatch.setitem(BATCH_ELEMENTS, "cpu", 2 * 12 * 8)
+    assert max(map(len, muon.batches([torch.Size((12, 8))] * 9, "cpu"))) == 2
+    assert torch.equal(stepped(weight, (12,), [gradient], dim=1), whole)
 
 
 def test_the_state_resumes() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from step35.train.polar import COEFFICIENTS, SAFETY, polar_express, polynomials
+from step35.train.minimax import minimax_chain
+from step35.train.polar import SAFETY, polar_express, polynomials
 
 
 def matrix(singular: Tensor, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def test_singular_values_follow_the_scalar_polynomials() -> None:
     diagonal = [1.0, 0.7, 0.2, 0.03]
     norm = sum(x * x for x in diagonal) ** 0.5
     values = [x / (1.01 * norm) for x in diagonal]
-    for step, (a, b, c) in enumerate(COEFFICIENTS[:6]):
+    for step, (a, b, c) in enumerate(minimax_chain(6)):
         shrink = 1.01 if step < 5 else 1.0
         values = [a * (x / shrink) + b * (x / shrink) ** 3 + c * (x / shrink) ** 5 for x in values]
     ours = polar_express(torch.diag(torch.tensor(diagonal)), dtype=torch.float32)
@@ -89,26 +90,39 @@ def test_singular_values_follow_the_scalar_polynomials() -> None:
 def test_every_polynomial_but_the_last_is_shrunk() -> None:
     assert SAFETY == 1.01
     for steps in (1, 6, 8):
-        chosen = polynomials(steps)
-        assert len(chosen) == steps
-        assert chosen[-1] == COEFFICIENTS[steps - 1]
-        for (a, b, c), published in zip(chosen[:-1], COEFFICIENTS, strict=False):
-            x = 0.8
-            a0, b0, c0 = published
-            expected = a0 * (x / 1.01) + b0 * (x / 1.01) ** 3 + c0 * (x / 1.01) ** 5
-            assert a * x + b * x**3 + c * x**5 == pytest.approx(expected)
+        chain, chosen = minimax_chain(steps), polynomials(steps)
+        assert chosen[-1] == chain[-1]
+        for ours, (a, b, c) in zip(chosen[:-1], chain, strict=False):
+            assert ours == pytest.approx((a / 1.01, b / 1.01**3, c / 1.01**5), rel=1e-15)
 
 
-def test_the_published_coefficients_are_centred_on_one() -> None:
-    """The construction puts p(l) and p(u) equally far from 1 on each step's interval [l, u], from [1e-3, 1] on.
+@pytest.mark.parametrize(("steps", "smallest"), [(4, 0.05), (8, 1e-4)])
+def test_any_number_of_steps_and_any_interval(steps: int, smallest: float) -> None:
+    gradient, exact = matrix(torch.logspace(torch.tensor(3 * smallest).log10().item(), 0, 8), 8, 8)
+    ours = polar_express(gradient, steps=steps, smallest=smallest, dtype=torch.float32)
+    assert (ours - exact).abs().max() < 0.01
+    # The default interval is too narrow for the second matrix, and takes more than 4 steps for the first.
+    assert (polar_express(gradient, steps=min(steps, 6), dtype=torch.float32) - exact).abs().max() > 0.05
 
-    A wrong digit breaks the chain. The last polynomial is its fixed point: p(1) = 1, p'(1) = p''(1) = 0.
-    """
-    low, high = 1e-3, 1.0
-    for a, b, c in COEFFICIENTS:
-        at_low, at_high = (a * x + b * x**3 + c * x**5 for x in (low, high))
-        assert at_low + at_high == pytest.approx(2.0, abs=1e-6)
-        low, high = min(at_low, at_high), max(at_low, at_high)
-    assert low == pytest.approx(1.0, abs=1e-6)
-    a, b, c = COEFFICIENTS[-1]
-    assert (a + b + c, a + 3 * b + 5 * c, 6 * b + 20 * c) == (1.0, 0.0, 0.0)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_equals_a_plain_loop(dtype: torch.dtype) -> None:
+    gradient, _ = matrix(torch.logspace(-3, 0, 12), 12, 20)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    x = rounded(gradient / (1.01 * gradient.norm() + 1e-7))
+    for a, b, c in polynomials(6):
+        gram = rounded(x @ x.T)
+        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
+    # Products in fp32 can round the other way where fp64 lies at a tie: one place of `dtype`, amplified by the steps.
+    assert (polar_express(gradient, dtype=dtype) - x).abs().max() < max(8 * torch.finfo(dtype).eps, 1e-5)
+
+
+def test_a_matrix_gets_the_same_bits_alone_and_in_a_batch() -> None:
+    batch = torch.randn(7, 24, 40, generator=torch.Generator().manual_seed(0))
+    together = polar_express(batch.unflatten(0, (7, 1)))
+    assert together.shape == (7, 1, 24, 40)
+    for alone, ours in zip(batch, together, strict=True):
+        assert torch.equal(polar_express(alone), ours[0])

@@ -15,8 +15,10 @@ class MuonConfig(Config):
 
     kind: Literal["muon"] = "muon"
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    steps: int = Field(default=6, ge=1, le=8)
+    steps: int = Field(default=6, ge=1)
     """Polar Express iterations."""
+    smallest: float = Field(default=1e-3, gt=0, lt=1)
+    """Singular values down to this share of a matrix's norm are brought to 1; the polynomials follow from it."""
     iteration_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Rounding of the iteration's state: the report found bf16 to produce rare extreme outliers."""
     adamw_betas: tuple[float, float] = (0.9, 0.95)

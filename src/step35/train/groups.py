@@ -65,6 +65,7 @@ def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) 
                 momentum=train.optim.momentum,
                 weight_decay=train.weight_decay,
                 steps=train.optim.steps,
+                smallest=train.optim.smallest,
                 dtype=dtype,
             )
         )
