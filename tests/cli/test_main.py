@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_a_dry_run_counts_parameters_and_leaves_nothing(capsys: pytest.CaptureFi
     parameters = dict(Step35(preset("tiny")).named_parameters())
     assert f" {sum(p.numel() for p in parameters.values()):,} " in shown
     assert f" {3 * 16 * 256:,} (3 steps of 4,096)" in shown
-    assert all(f" {name} " in shown for name in parameters)
+    assert all(f" {re.sub(r'[.][0-9]+[.]', '.N.', name)} " in shown for name in parameters)
     assert not (tmp_path / "run").exists()
 
 

@@ -86,7 +86,7 @@ def test_optimisers_hold_every_trainable_parameter_once_with_its_decay() -> None
     train = TrainConfig(
         weight_decay=0.07, lr=0.01, optim=MuonConfig(momentum=0.8, steps=4, smallest=0.01, iteration_dtype="float32")
     )
-    muon, adamw = build_optimisers(model, CONFIG, train)
+    muon, adamw = build_optimisers(dict(model.named_parameters()), CONFIG, train)
     assert isinstance(muon, Muon)
     assert muon.polar == {"steps": 4, "smallest": 0.01, "dtype": torch.float32}
     assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["weight_decay"]) == (0.8, 0.07)

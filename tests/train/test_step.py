@@ -98,7 +98,7 @@ def test_micro_batches_equal_one_batch(make_model: MakeModel, make_batch: MakeBa
     (whole, whole_metrics, whole_model), (split, split_metrics, split_model) = results
     assert whole.keys() == split.keys()
     for name, gradient in whole.items():
-        torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     assert split_metrics["loss"] == pytest.approx(whole_metrics["loss"], rel=1e-5)
     assert split_metrics["mtp_loss"] == pytest.approx(whole_metrics["mtp_loss"], rel=1e-5)
     assert split_metrics["grad_norm"] == pytest.approx(whole_metrics["grad_norm"], rel=1e-4)

@@ -19,6 +19,8 @@ from step35.train.groups import Assignment, assign
 
 # fp32 weight, gradient and momentum under Muon; AdamW keeps one more.
 BYTES = {"muon": 12, "adamw": 16}
+BF16_COPY = 2
+"""Bytes of a weight that is kept in bf16 beside its master (`train/master.py`)."""
 
 
 def show_settings(settings: Config, console: Console) -> None:
@@ -30,24 +32,36 @@ def describe_training(model_config: ModelConfig, config: TrainConfig, console: C
     """Print who gets which optimiser, and what the run costs; the model is built on the meta device."""
     with torch.device("meta"):
         named = dict(Step35(model_config).named_parameters())
-    rows = []
     table = assign(model_config, named, config.optim.kind)
-    for row in table:
-        shape = " x ".join(map(str, named[row.name].shape))
-        rows.append((row.name, shape, row.optimiser, len(row.sizes) or 1, "yes" if row.decays else "no"))
-    console.table("who gets which optimiser", ["parameter", "shape", "optimiser", "packed matrices", "decay"], rows)
+    console.table(
+        "who gets which optimiser",
+        ["parameter", "layers", "shape", "optimiser", "packed", "decay"],
+        assignment_rows(named, table),
+    )
     total = sum(p.numel() for p in named.values())
     active = sum(part.active for part in parts(model_config))
     tokens = config.tokens_until(config.steps)
+    state = state_bytes(named, table) + (BF16_COPY * total if config.param_dtype == "bfloat16" else 0)
     figures = [
         ("parameters", f"{total:,}"),
         ("active for one token, embeddings, heads and MTP included", f"{active:,}"),
-        ("weights, gradients and optimiser state", f"{state_bytes(named, table) / 1e9:.2f} GB"),
+        ("weights, gradients and optimiser state", f"{state / 1e9:.2f} GB"),
         ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
         ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_rows * config.context:,} at the end)"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * active * tokens:.3g}"),
     ]
     console.table("dry run", ["figure", "value"], figures)
+
+
+def assignment_rows(named: Mapping[str, torch.Tensor], table: Sequence[Assignment]) -> list[tuple[str | int, ...]]:
+    """Return the table's rows; parameters that differ in their layer alone share one, with N for its number."""
+    counts: dict[tuple[str | int, ...], int] = {}
+    for row in table:
+        name = ".".join("N" if part.isdigit() else part for part in row.name.split("."))
+        shape = " x ".join(map(str, named[row.name].shape))
+        key = (name, shape, row.optimiser, len(row.sizes) or 1, "yes" if row.decays else "no")
+        counts[key] = counts.get(key, 0) + 1
+    return [(name, count, *rest) for (name, *rest), count in counts.items()]
 
 
 def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -> None:

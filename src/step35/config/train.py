@@ -85,6 +85,8 @@ class TrainConfig(Config):
     """Keep router weights as they are (mid-training and SFT in the report)."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype; auto is bf16 where the device multiplies it natively."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights; bfloat16 keeps fp32 masters beside them, so that small updates are not lost."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between checkpoints."""
     validate_every: int = Field(default=100, ge=1)

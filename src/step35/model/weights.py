@@ -41,7 +41,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu",
     config, source = open_checkpoint(path, mtp=mtp)
     with torch.device("meta"):
         model = Step35(config)
-    _set_dtypes(model, target)
+    set_dtypes(model, target)
     model.to_empty(device=device)
     fill(model, source)
     return model.eval()
@@ -159,7 +159,8 @@ def _stored_bytes(released: str, shape: tuple[int, ...], dtype: str) -> int:
     return DTYPES.get(dtype, torch.bfloat16).itemsize * math.prod(shape)
 
 
-def _set_dtypes(model: Step35, dtype: torch.dtype) -> None:
+def set_dtypes(model: Step35, dtype: torch.dtype) -> None:
+    """Give the model's tensors `dtype`, in place; router weights and biases become fp32."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not name.endswith(("router.weight", "router.bias")):
             tensor.data = tensor.data.to(dtype)

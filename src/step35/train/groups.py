@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from step35.config.model import ModelConfig
 from step35.config.train import MuonConfig, TrainConfig
@@ -46,13 +46,14 @@ def assign(config: ModelConfig, named: Mapping[str, Tensor], kind: str) -> list[
     return table
 
 
-def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW] or [AdamW] over all parameters.
+def build_optimisers(
+    named: Mapping[str, Tensor], config: ModelConfig, train: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """Return [Muon, AdamW] or [AdamW] over all parameters, given by name.
 
     Those without a gradient, such as a frozen router, are left alone by both, and every stage's optimisers fit the
     state of the one before.
     """
-    named = dict(model.named_parameters())
     table = assign(config, named, train.optim.kind)
     optimisers: list[torch.optim.Optimizer] = []
     if isinstance(train.optim, MuonConfig):
@@ -79,13 +80,14 @@ def build_optimisers(model: nn.Module, config: ModelConfig, train: TrainConfig) 
 
 
 def apply_gradients(
-    model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], *, lr: float, clip: float, loss: float, where: str
+    optimisers: Sequence[torch.optim.Optimizer], *, lr: float, clip: float, loss: float, where: str
 ) -> float:
     """Clip the accumulated gradient, apply it at rate `lr`, drop it; return its norm before clipping.
 
     Raises `DivergedError`, naming `where`, instead of applying a gradient that is not finite.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    parameters = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     for optimiser in optimisers:
         for group in optimiser.param_groups:

@@ -11,13 +11,14 @@ system becomes singular as l nears u. Knowing that q and r are the extrema avoid
 
     p'(x) = 15 k (x^2 - q^2)(x^2 - r^2),   so   p(x) = k (15 q^2 r^2 x - 5 (q^2 + r^2) x^3 + 3 x^5).
 
-p(x) - p(r) has a double root at r, and dividing it out leaves a cubic that must vanish at l; the same holds for q and u:
+p(x) - p(r) has a double root at r. Dividing it out leaves a cubic that must vanish at l, and likewise for q and u:
 
-    3 l^3 + 6 r l^2 + (4 r^2 - 5 q^2) l + 2 r^3 - 10 q^2 r = 0   =>   q^2 = (3 l^3 + 6 l^2 r + 4 l r^2 + 2 r^3) / (5 l + 10 r)
-    3 u^3 + 6 q u^2 + (4 q^2 - 5 r^2) u + 2 q^3 - 10 r^2 q = 0   =>   r^2 = (3 u^3 + 6 u^2 q + 4 u q^2 + 2 q^3) / (5 u + 10 q)
+    3 l^3 + 6 r l^2 + (4 r^2 - 5 q^2) l + 2 r^3 - 10 q^2 r = 0,
+    3 u^3 + 6 q u^2 + (4 q^2 - 5 r^2) u + 2 q^3 - 10 r^2 q = 0,
 
-One formula, applied in turn to (l, r) and (u, q): no subtraction, so no digits are lost even at l = u, where q = r = u
-and p becomes (15 x - 10 x^3 + 3 x^5) / 8. A sweep divides the distance to the solution by 9 or more.
+solved for q^2 = (3 l^3 + 6 l^2 r + 4 l r^2 + 2 r^3) / (5 l + 10 r), and r^2 by the same formula of u and q. The two
+are applied in turn. Nothing is subtracted, so no digits are lost even at l = u, where q = r = u and p becomes
+(15 x - 10 x^3 + 3 x^5) / 8. A sweep divides the distance to the solution by 9 or more.
 """
 
 from __future__ import annotations

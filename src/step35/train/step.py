@@ -21,6 +21,7 @@ from step35.runtime.device import compute_dtype
 from step35.train import loss as losses
 from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
 from step35.train.groups import apply_gradients, build_optimisers
+from step35.train.master import Masters
 from step35.train.monitors import experts as expert_monitor
 from step35.train.schedule import balance_rate, learning_rate
 
@@ -45,7 +46,8 @@ class Learner:
         model.compute_dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (config.freeze_router and "router." in name))
-        self.optimisers = build_optimisers(model, model.config, config)
+        self.masters = Masters(model, getattr(torch, config.param_dtype))
+        self.optimisers = build_optimisers(self.masters.named, model.config, config)
         self.routing: list[Routing] = []
 
     def update(self, batch: Batch, step: int) -> dict[str, Any]:
@@ -63,8 +65,9 @@ class Learner:
             self._accumulate(tokens[cut], segments[cut], targets[cut], totals, tally, len(tokens[cut]) / len(tokens))
         lr = learning_rate(self.config, step)
         norm = apply_gradients(
-            self.model, self.optimisers, lr=lr, clip=self.config.grad_clip, loss=tally.loss, where=f"step {step}"
+            self.optimisers, lr=lr, clip=self.config.grad_clip, loss=tally.loss, where=f"step {step}"
         )
+        self.masters.publish()
         self._move_bias(tally.counts, balance_rate(self.config, step))
         health = expert_monitor.load_metrics(self.routing) if self.routing else {}
         return {
@@ -82,6 +85,7 @@ class Learner:
             return 0
         if step == self.config.mtp_joint_from:
             clone_mtp(self.model)
+            self.masters.adopt()
         joint = self.config.mtp_joint_from is not None and step >= self.config.mtp_joint_from
         return len(self.model.mtp) if joint else min(1, len(self.model.mtp))
 
@@ -123,7 +127,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the step number."""
         return {
-            "model": self.model.state_dict(),
+            "model": {**self.model.state_dict(), **self.masters.state_dict()},
             "optimisers": [o.state_dict() for o in self.optimisers],
             "dtype": str(self.model.compute_dtype).removeprefix("torch."),
         }
@@ -131,6 +135,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.model.load_state_dict(state["model"])
+        self.masters.load_state_dict(state["model"])
         self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)

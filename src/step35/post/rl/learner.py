@@ -32,7 +32,7 @@ class Role:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("router." not in name)  # routing stays as the sampler's
         settings = TrainConfig(lr=lr, final_lr=0, weight_decay=config.weight_decay)
-        self.optimisers = build_optimisers(model, model.config, settings)
+        self.optimisers = build_optimisers(dict(model.named_parameters()), model.config, settings)
         self.updates = 0
 
     def apply(self, loss: Tensor, step: int) -> float:
@@ -40,7 +40,6 @@ class Role:
         loss.backward()  # type: ignore[no-untyped-call]
         self.updates += 1
         return apply_gradients(
-            self.model,
             self.optimisers,
             lr=self.learning_rate(step),
             clip=self.config.grad_clip,
