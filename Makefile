@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow interop bench-model check format clean
+.PHONY: demo test test-slow interop bench-model bench-train check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -24,6 +24,11 @@ interop: $(STAMP)
 bench-model: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[oracle]"
 	$(BIN)/python benchmarks/model.py
+
+# Whole training steps beside transformers with torch's Muon and AdamW; wants an idle machine.
+bench-train: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[oracle]"
+	$(BIN)/python benchmarks/train.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

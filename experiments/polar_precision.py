@@ -6,7 +6,7 @@ polynomials under three kinds of arithmetic (only the rounding differs, products
 
     product   the result of each product is rounded once (ours, and what tensor cores do)
     operation every elementary operation is rounded (the published code, run op by op)
-    sums      as `operation`, and the sums inside a product are rounded after every 32 terms (reductions in low precision)
+    sums      as `operation`, and the sums inside a product are rounded after every 32 terms
 
 Measured against the same iteration in fp64, and against exact SVD: the largest singular value and entry after any step,
 how far singular values end from 1, the error of the update; the safety factor below which an arithmetic explodes; and

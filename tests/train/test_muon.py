@@ -38,6 +38,22 @@ def test_three_steps_equal_the_formula(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(ours, weight, rtol=1e-5, atol=1e-6)
 
 
+def test_all_but_the_orthogonalisation_equals_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch keeps the sum of gradients where we keep their mean: another length, the same direction.
+    monkeypatch.setattr(
+        torch.optim._muon, "_zeropower_via_newtonschulz", lambda g, *unused: polar_express(g, dtype=torch.float32)
+    )
+    gradients = [random(6, 10, seed=i) for i in range(5)]
+    theirs = nn.Parameter(random(6, 10, seed=9))
+    optimiser = torch.optim.Muon(
+        [theirs], lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", nesterov=True
+    )
+    for gradient in gradients:
+        theirs.grad = gradient.clone()
+        optimiser.step()
+    torch.testing.assert_close(stepped(random(6, 10, seed=9), (6,), gradients), theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_update_has_an_rms_of_about_a_fifth_of_the_rate() -> None:
     # 0.2 sqrt(max(rows, columns)) times an orthogonal factor: what AdamW's updates measure.
     before, gradient = torch.zeros(16, 64), random(16, 64)
