@@ -130,7 +130,7 @@ def test_a_dry_run_counts_parameters_and_leaves_nothing(capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     parameters = dict(Step35(preset("tiny")).named_parameters())
     assert f" {sum(p.numel() for p in parameters.values()):,} " in shown
-    assert f" {3 * 16 * 256:,} (3 steps of 4,096)" in shown
+    assert f" {3 * 16 * 256:,} (3 steps of 4,096 at the end)" in shown
     assert all(f" {re.sub(r'[.][0-9]+[.]', '.N.', name)} " in shown for name in parameters)
     assert not (tmp_path / "run").exists()
 

@@ -30,7 +30,7 @@ class Matrices:
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Return views (rows, columns) of each matrix in `tensor`, which is shaped like the parameter."""
         parts = torch.split(tensor, list(self.sizes), dim=self.dim)
-        return [matrix for part in parts for matrix in (part.flatten(0, -3) if part.ndim > 2 else part[None]).unbind()]
+        return [matrix for part in parts for matrix in part.view(-1, *part.shape[-2:]).unbind()]
 
 
 class Muon(torch.optim.Optimizer):
