@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from step35.data.lines import COMPRESSED, BadLines, read_lines
 from step35.data.shards import TokenShards
 from step35.data.sources import Document
@@ -211,9 +209,8 @@ def _token_shards(file: _File) -> Iterator[Document]:
     if not homes:
         raise DataError(f"{file.path} holds token shards, but there is no tokenizer/ beside or above it to read them.")
     tokenizer = Tokenizer.load(homes[0] / "tokenizer")
-    ends = np.append(shards.document_starts[1:], shards.total_tokens)
-    for start, end in zip(shards.document_starts.tolist(), ends.tolist(), strict=True):
-        meta, _, text = tokenizer.decode(shards.slice(start + 1, end - start - 2).tolist()).partition("\n")
+    for ids in shards.documents():
+        meta, _, text = tokenizer.decode(ids[1:-1].tolist()).partition("\n")
         fields = _META_LINE.fullmatch(meta)
         if fields:
             yield file.document(text, **dict(zip(_META_FIELDS, fields.groups(), strict=True)))

@@ -151,6 +151,16 @@ class TokenShards:
         if index.get("meta_tokens"):
             self.meta_tokens = np.concatenate([np.empty(0, dtype=np.int32), *self._read("meta")])
 
+    @property
+    def document_lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each document."""
+        return np.diff(self.document_starts, append=self.total_tokens)
+
+    def documents(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the tokens of each document in order."""
+        for start, length in zip(self.document_starts.tolist(), self.document_lengths.tolist(), strict=True):
+            yield self.slice(start, length)
+
     def slice(self, start: int, length: int) -> np.ndarray[Any, Any]:
         """Return tokens start .. start+length-1 of the stream; raises IndexError outside it."""
         if start < 0 or length < 0 or start + length > self.total_tokens:

@@ -110,7 +110,6 @@ def join_validation(out: Path, folders: Sequence[Path], settings: PrepareConfig)
 
 
 def _documents(shards: TokenShards) -> Iterator[EncodedDocument]:
-    ends = np.append(shards.document_starts[1:], shards.total_tokens)
-    assert shards.meta_tokens is not None
-    for start, end, meta_tokens in zip(shards.document_starts, ends, shards.meta_tokens, strict=True):
-        yield EncodedDocument(shards.slice(int(start), int(end - start)), "", int(meta_tokens))
+    assert shards.meta_tokens is not None  # `write_source` has just counted them
+    for ids, meta_tokens in zip(shards.documents(), shards.meta_tokens.tolist(), strict=True):
+        yield EncodedDocument(ids, "", meta_tokens)

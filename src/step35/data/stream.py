@@ -45,7 +45,7 @@ class SourceStream:
         if not shards.total_tokens:
             raise DataError(f"source {name!r} ({shards.folder}) holds no tokens; leave it out of the mixture.")
         self.tokens = shards.total_tokens
-        self.lengths = np.diff(shards.document_starts, append=shards.total_tokens)
+        self.lengths = shards.document_lengths
         """Tokens of each document, (D,)."""
         self._name, self._seed, self._starts = name, seed, shards.document_starts
         self._orders: dict[int, tuple[Array, Array]] = {}
