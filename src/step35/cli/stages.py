@@ -110,7 +110,9 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
             nonlocal label, before, shown
             if step != label or shown is None:
                 bars.close()
-                shown = bars.enter_context(console.stage(f"prepare: {step}", int(total), _UNITS.get(step, "document")))
+                shown = bars.enter_context(
+                    console.stage(f"prepare: {step}", int(total) or None, _UNITS.get(step, "document"))
+                )
                 label, before = step, 0.0
             shown.advance(int(done) - int(before), figure)
             before = done
@@ -119,7 +121,7 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
     skipped = data.record["sources"]["skipped"]
     if skipped:
         console.warn(
-            f"{len(skipped)} unreadable files left out, such as {skipped[0]}; all named in {out / 'prepare.json'}"
+            f"{len(skipped)} unreadable files or lines left out, such as {skipped[0]}; see {out / 'prepare.json'}"
         )
     return data
 

@@ -9,23 +9,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from step35.config.train import TrainConfig
-from step35.data.packing import Batch
+from step35.data.loader import Loader
 from step35.model.step35 import Step35
 from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
 from step35.train.step import Learner
-
-
-class Loader(Protocol):
-    """Rows as a pure function of their numbers."""
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return rows `first` to `first + count - 1`."""
-        ...
 
 
 def train(
