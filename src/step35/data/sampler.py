@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypedDict
 
 import numpy as np
 
@@ -26,12 +27,11 @@ from step35.data.stream import Array, SourceStream, random_stream
 from step35.errors import ConfigError, DataError
 
 
-@dataclass(frozen=True)
-class SourceAccount:
-    """What the rows served so far held of one source."""
+class SourceAccount(TypedDict):
+    """What some rows hold of one source."""
 
     documents: int
-    """Documents whose first token was among them."""
+    """Documents whose first token is among them."""
     tokens: int
     epochs: float
     """`tokens` over the tokens of the source."""
@@ -75,13 +75,13 @@ class MixtureLoader:
         seed: int,
         window_rows: int = 256,
         mask_meta_from: int | None = None,
-        start: Mapping[str, int] | None = None,
+        offsets: Mapping[str, int] | None = None,
     ) -> None:
         """Mix the `sources` that `weights` names; weights are relative.
 
-        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `start` is where the
-        stream of each source begins, 0 where it has no entry: a later stage goes on where `behind` says the one
-        before stopped. Raises `ConfigError` for weights that cannot be kept, `DataError` for sources that do not fit.
+        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `offsets` says where
+        in its stream each source begins (0 without an entry), so that a stage goes on `behind` the ones before it.
+        Raises `ConfigError` for weights that cannot be kept, `DataError` for sources that do not go together.
         """
         _check(sources, weights, mask_meta_from)
         self.quotas = quotas(weights, window_rows * context)
@@ -89,7 +89,7 @@ class MixtureLoader:
         self._names = list(weights)
         self._shards = [sources[name] for name in self._names]
         self._streams = [SourceStream(name, sources[name], seed) for name in self._names]
-        self._start = {name: (start or {}).get(name, 0) for name in self._names}
+        self._offsets = {name: (offsets or {}).get(name, 0) for name in self._names}
         self._context, self._seed, self._window_rows = context, seed, window_rows
         self._mask_meta_from = mask_meta_from
         self._windows: dict[int, _Window] = {}
@@ -103,21 +103,24 @@ class MixtureLoader:
         windows, part = divmod(rows, self._window_rows)
         found = {}
         for number, (name, stream) in enumerate(zip(self._names, self._streams, strict=True)):
-            start, taken = self._start[name], windows * self.quotas[name]
-            documents = stream.begun(start + taken) - stream.begun(start)
+            offset, taken = self._offsets[name], windows * self.quotas[name]
+            documents = stream.begun(offset + taken) - stream.begun(offset)
             if part:
                 window = self._window(windows)
                 served = slice(0, window.rows[part])
                 own = window.sources[served] == number
                 taken += int(window.lengths[served][own].sum())
                 documents += int((window.offsets[served][own] == 0).sum())
-            found[name] = SourceAccount(documents, taken, taken / stream.tokens)
+            found[name] = SourceAccount(documents=documents, tokens=taken, epochs=taken / stream.tokens)
         return found
 
     def behind(self, rows: int) -> dict[str, int]:
-        """Return where each source's stream stands behind the window of the last of the first `rows` rows."""
+        """Return where each source's stream stands behind the windows of the first `rows` rows.
+
+        What the last window holds beyond those rows is skipped, so that nothing is read twice.
+        """
         windows = -(-rows // self._window_rows)
-        return {name: start + windows * self.quotas[name] for name, start in self._start.items()}
+        return {name: offset + windows * self.quotas[name] for name, offset in self._offsets.items()}
 
     def packing(self, windows: int = 1) -> Packing:
         """Measure the packing of the first `windows` windows."""
@@ -140,20 +143,21 @@ class MixtureLoader:
         segments = np.empty(self._context, dtype=np.int32)
         targets = np.ones(self._context, dtype=bool)
         masked = self._mask_meta_from is not None and number >= self._mask_meta_from
+        own = slice(window.rows[row], window.rows[row + 1])
+        columns = (window.sources[own], window.starts[own], window.lengths[own], window.meta[own])
         begin = 0
-        for segment, piece in enumerate(range(window.rows[row], window.rows[row + 1])):
-            end = begin + int(window.lengths[piece])
-            shards = self._shards[window.sources[piece]]
-            tokens[begin:end] = shards.slice(int(window.starts[piece]), end - begin)
+        for segment, (source, start, length, meta) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            end = begin + length
+            tokens[begin:end] = self._shards[source].slice(start, length)
             segments[begin:end] = segment
             targets[begin] = False  # nothing stands before it that could predict it
             if masked:
-                targets[begin : begin + int(window.meta[piece])] = False
+                targets[begin : begin + meta] = False
             begin = end
         return Row(tokens, segments, targets)
 
     def _window(self, number: int) -> _Window:
-        """Return the layout of a window; the last two are kept, since a batch may lie in both."""
+        """Return the layout of a window; its neighbours are kept, since a batch may lie in two."""
         window = self._windows.get(number) or self._lay_out(number)
         self._windows = {n: w for n, w in self._windows.items() if abs(n - number) == 1} | {number: window}
         return window
@@ -181,7 +185,7 @@ class MixtureLoader:
         """Return source number, start, length, offset, document length and document metadata of each piece."""
         name, stream, shards = self._names[source], self._streams[source], self._shards[source]
         quota = self.quotas[name]
-        pieces = stream.take(self._start[name] + window * quota, quota)
+        pieces = stream.take(self._offsets[name] + window * quota, quota)
         rows_each = -(-pieces.lengths // self._context)
         from_ = np.repeat(np.arange(rows_each.size), rows_each)
         skipped = self._context * (np.arange(from_.size) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each))
