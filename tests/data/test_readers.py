@@ -121,13 +121,13 @@ def test_one_bad_line_too_many_is_an_error_that_lists_the_first(tmp_path: Path) 
 
 
 def test_text_that_is_not_utf8_or_empty_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\nthree\n")
+    (tmp_path / "a.txt").write_bytes(b"o\rn\re\ntwo \xff\nthree\n")
     (tmp_path / "b.txt").write_bytes(b"a\0b\n")
     (tmp_path / "c.txt").write_bytes(b" \n")
     documents, bad = read(tmp_path, limit=3)
     assert documents == []
     assert [quote.removeprefix(f"{tmp_path}/")[:18] for quote in bad.quotes] == [
-        "a.txt:2: not UTF-8",
+        "a.txt:2: not UTF-8",  # a line ends at its line feed
         "b.txt:1: null byte",
         "c.txt:1: empty tex",
     ]

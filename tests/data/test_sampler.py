@@ -46,8 +46,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenShards]:
 
 
 def loader_of(sources: Mapping[str, TokenShards], **changes: object) -> MixtureLoader:
-    settings = {"context": CONTEXT, "seed": 1, "window_rows": ROWS} | changes
-    return MixtureLoader(sources, WEIGHTS, **settings)  # type: ignore[arg-type]
+    values = {"context": CONTEXT, "seed": 1, "window_rows": ROWS} | changes
+    return MixtureLoader(sources, WEIGHTS, **values)  # type: ignore[arg-type]
 
 
 @dataclass

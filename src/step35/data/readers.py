@@ -134,7 +134,7 @@ def _text(file: _File) -> Iterator[Document]:
             text = piece.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             at = piece.count(b"\n", 0, error.start)
-            file.bad.add(file.path, line + at, "not UTF-8", piece.splitlines()[at])
+            file.bad.add(file.path, line + at, "not UTF-8", piece.split(b"\n")[at])
         else:
             if text.strip() and "\0" not in text:
                 yield file.document(text, kind=kind, language=language)

@@ -186,15 +186,16 @@ class MixtureLoader:
         name, stream, shards = self._names[source], self._streams[source], self._shards[source]
         quota = self.quotas[name]
         pieces = stream.take(self._offsets[name] + window * quota, quota)
-        rows_each = -(-pieces.lengths // self._context)
-        from_ = np.repeat(np.arange(rows_each.size), rows_each)
-        skipped = self._context * (np.arange(from_.size) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each))
-        documents = pieces.documents[from_]
+        parts = -(-pieces.lengths // self._context)  # how many parts of at most a row each of them is cut to
+        piece = np.repeat(np.arange(parts.size), parts)
+        part = np.arange(piece.size) - (np.cumsum(parts) - parts)[piece]
+        skipped = part * self._context
+        documents = pieces.documents[piece]
         return (
-            np.full(from_.size, source),
-            pieces.starts[from_] + skipped,
-            np.minimum(pieces.lengths[from_] - skipped, self._context),
-            pieces.offsets[from_] + skipped,
+            np.full(piece.size, source),
+            pieces.starts[piece] + skipped,
+            np.minimum(pieces.lengths[piece] - skipped, self._context),
+            pieces.offsets[piece] + skipped,
             stream.lengths[documents],
             np.zeros_like(documents) if shards.meta_tokens is None else shards.meta_tokens[documents],
         )
