@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step35.data.packing import Batch, fill
-from step35.data.sampler import MixtureLoader, quotas
+from step35.data.sampler import MixtureLoader, SourceAccount, quotas
 from step35.data.shards import ShardWriter, TokenShards
 from step35.data.stream import SourceStream
 from step35.errors import ConfigError, DataError
@@ -214,15 +214,12 @@ def test_the_account_is_what_a_count_of_the_rows_gives(rows: int, sources: dict[
     for number, (name, shards) in enumerate(sources.items()):
         own = tokens[source_of(tokens) == number]
         documents = (own % 100 == 0).sum()
-        assert account[name] == {
-            "documents": documents, "tokens": own.size, "epochs": own.size / shards.total_tokens,
-        }  # fmt: skip
-    json.dumps(account)  # it becomes a file
+        assert account[name] == SourceAccount(int(documents), own.size, own.size / shards.total_tokens)
 
 
 def test_a_later_stage_goes_on_where_the_one_before_stopped(sources: dict[str, TokenShards]) -> None:
     first = loader_of(sources)
-    stage = loader_of(sources, offsets=first.behind(2 * ROWS - 3))
+    stage = loader_of(sources, start=first.behind(2 * ROWS - 3))
     assert first.behind(2 * ROWS) == first.behind(2 * ROWS - 3) == {"web": 154, "code": 76, "small": 26}
     longer = first.rows(0, 4 * ROWS).tokens
     both = np.concatenate([first.rows(0, 2 * ROWS).tokens, stage.rows(0, 2 * ROWS).tokens])

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypedDict
 
 import numpy as np
 
@@ -27,7 +26,8 @@ from step35.data.stream import Array, SourceStream, random_stream
 from step35.errors import ConfigError, DataError
 
 
-class SourceAccount(TypedDict):
+@dataclass(frozen=True)
+class SourceAccount:
     """What some rows hold of one source."""
 
     documents: int
@@ -75,11 +75,11 @@ class MixtureLoader:
         seed: int,
         window_rows: int = 256,
         mask_meta_from: int | None = None,
-        offsets: Mapping[str, int] | None = None,
+        start: Mapping[str, int] | None = None,
     ) -> None:
         """Mix the `sources` that `weights` names; weights are relative.
 
-        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `offsets` says where
+        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `start` says where
         in its stream each source begins (0 without an entry), so that a stage goes on `behind` the ones before it.
         Raises `ConfigError` for weights that cannot be kept, `DataError` for sources that do not go together.
         """
@@ -89,7 +89,7 @@ class MixtureLoader:
         self._names = list(weights)
         self._shards = [sources[name] for name in self._names]
         self._streams = [SourceStream(name, sources[name], seed) for name in self._names]
-        self._offsets = {name: (offsets or {}).get(name, 0) for name in self._names}
+        self._start = {name: (start or {}).get(name, 0) for name in self._names}
         self._context, self._seed, self._window_rows = context, seed, window_rows
         self._mask_meta_from = mask_meta_from
         self._windows: dict[int, _Window] = {}
@@ -103,7 +103,7 @@ class MixtureLoader:
         windows, part = divmod(rows, self._window_rows)
         found = {}
         for number, (name, stream) in enumerate(zip(self._names, self._streams, strict=True)):
-            offset, taken = self._offsets[name], windows * self.quotas[name]
+            offset, taken = self._start[name], windows * self.quotas[name]
             documents = stream.begun(offset + taken) - stream.begun(offset)
             if part:
                 window = self._window(windows)
@@ -111,7 +111,7 @@ class MixtureLoader:
                 own = window.sources[served] == number
                 taken += int(window.lengths[served][own].sum())
                 documents += int((window.offsets[served][own] == 0).sum())
-            found[name] = SourceAccount(documents=documents, tokens=taken, epochs=taken / stream.tokens)
+            found[name] = SourceAccount(documents, taken, taken / stream.tokens)
         return found
 
     def behind(self, rows: int) -> dict[str, int]:
@@ -120,7 +120,7 @@ class MixtureLoader:
         What the last window holds beyond those rows is skipped, so that nothing is read twice.
         """
         windows = -(-rows // self._window_rows)
-        return {name: offset + windows * self.quotas[name] for name, offset in self._offsets.items()}
+        return {name: offset + windows * self.quotas[name] for name, offset in self._start.items()}
 
     def packing(self, windows: int = 1) -> Packing:
         """Measure the packing of the first `windows` windows."""
@@ -185,7 +185,7 @@ class MixtureLoader:
         """Return source number, start, length, offset, document length and document metadata of each piece."""
         name, stream, shards = self._names[source], self._streams[source], self._shards[source]
         quota = self.quotas[name]
-        pieces = stream.take(self._offsets[name] + window * quota, quota)
+        pieces = stream.take(self._start[name] + window * quota, quota)
         parts = -(-pieces.lengths // self._context)  # how many parts of at most a row each of them is cut to
         piece = np.repeat(np.arange(parts.size), parts)
         part = np.arange(piece.size) - (np.cumsum(parts) - parts)[piece]
