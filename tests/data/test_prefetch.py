@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step35.data.packing import Batch
@@ -31,6 +31,7 @@ class Counting:
         return Batch(tokens, np.zeros_like(tokens), np.zeros_like(tokens, dtype=bool))
 
 
+@settings(deadline=None)
 @given(requests=st.lists(st.tuples(st.integers(14, 30), st.integers(1, 4)), max_size=12))
 def test_any_requests_give_what_the_loader_gives(requests: list[tuple[int, int]]) -> None:
     prefetch = Prefetch(Counting())

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step35.data.lines import BadLines
+from step35.data.lines import BadLines, zstd
 from step35.data.mixture import encode_documents
 from step35.data.readers import read_documents
 from step35.data.shards import ShardWriter
@@ -42,7 +41,9 @@ def write_gz(path: Path) -> None:
 
 
 def write_zst(path: Path) -> None:
-    path.write_bytes(zstd.compress(LINES[:1_000]) + zstd.compress(LINES[1_000:]))  # two frames, as parallel writers do
+    path.write_bytes(
+        zstd().compress(LINES[:1_000]) + zstd().compress(LINES[1_000:])
+    )  # two frames, as parallel writers do
 
 
 def write_parquet(path: Path) -> None:
@@ -120,13 +121,13 @@ def test_one_bad_line_too_many_is_an_error_that_lists_the_first(tmp_path: Path) 
 
 
 def test_text_that_is_not_utf8_or_empty_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\nthree\n")
+    (tmp_path / "a.txt").write_bytes(b"o\rn\re\ntwo \xff\nthree\n")
     (tmp_path / "b.txt").write_bytes(b"a\0b\n")
     (tmp_path / "c.txt").write_bytes(b" \n")
     documents, bad = read(tmp_path, limit=3)
     assert documents == []
     assert [quote.removeprefix(f"{tmp_path}/")[:18] for quote in bad.quotes] == [
-        "a.txt:2: not UTF-8",
+        "a.txt:2: not UTF-8",  # a line ends at its line feed
         "b.txt:1: null byte",
         "c.txt:1: empty tex",
     ]
@@ -239,7 +240,7 @@ def test_shards_without_a_tokenizer_are_an_error(tmp_path: Path, tokenizer: Toke
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "txt"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
-    packers = {"jsonl.gz": gzip.compress, "jsonl.zst": zstd.compress}
+    packers = {"jsonl.gz": gzip.compress, "jsonl.zst": zstd().compress}
     path = tmp_path / f"a.{suffix}"
     line = json.dumps({"text": "some words " * 100}).encode() + b"\n"
     path.write_bytes(packers.get(suffix, bytes)(line * 9_000))  # 10 MB

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from itertools import count
 
 from step35.config.base import suggest
+from step35.data import needle
 from step35.data.dedup import Deduplicator
 from step35.data.mixture import arithmetic_documents
 from step35.data.sources import Document, SourceFile, SourceReport, code_documents, docstring_documents, python_files
@@ -28,10 +30,21 @@ def documentation(seed: int) -> Iterator[Document]:
     return _without_copies(docstring_documents(files, report=SourceReport()))
 
 
+def _written(write: Callable[..., str], kind: str, domain: str) -> Callable[[int], Iterator[Document]]:
+    """Return the endless corpus of `write(index, seed=seed)`."""
+
+    def documents(seed: int) -> Iterator[Document]:
+        texts = (write(index, seed=seed) for index in count())
+        return (Document(text, kind, "english", domain, "procedural") for text in texts)
+
+    return documents
+
+
 BUILTIN: dict[str, Callable[[int], Iterator[Document]]] = {
     "code": code,
     "documentation": documentation,
     "arithmetic": arithmetic_documents,
+    "needle": _written(needle.document, "recall", "facts"),
 }
 """Name -> documents for a seed."""
 

@@ -28,11 +28,12 @@ class BadLines:
     left_out: int = 0
     """Files in given folders whose suffix no reader knows."""
 
-    def add(self, path: Path, line: int, reason: str, content: object = "") -> None:
+    def add(self, path: Path, line: int, reason: str, content: str | bytes = "") -> None:
         """Count a line; raises `DataError` when it is one too many."""
         self.count += 1
         if self.count <= _QUOTES:
-            self.quotes.append(f"{path}:{line}: {reason}: {str(content)[:80]}")
+            text = content[:80].decode(errors="replace") if isinstance(content, bytes) else content[:80]
+            self.quotes.append(f"{path}:{line}: {reason}: {text.strip()}")
         if self.count > self.limit:
             raise DataError(
                 f"more than max_bad_lines={self.limit} lines cannot be used; repair them, or raise the limit. "
@@ -58,24 +59,24 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 def _open_zstd(path: Path) -> BinaryIO:
     try:
-        stream: BinaryIO = _zstd().open(path, "rb")
+        stream: BinaryIO = zstd().open(path, "rb")
     except ImportError:
         raise DataError(f"{path} needs the backports.zstd package: pip install 'step35[data]'.") from None
     return stream
 
 
-def _zstd() -> Any:
+def zstd() -> Any:
     """Return the zstd module: the standard library's from Python 3.14 on, its backport before."""
     if sys.version_info >= (3, 14):
-        from compression import zstd
+        from compression import zstd as module
     else:
-        from backports import zstd
-    return zstd
+        from backports import zstd as module
+    return module
 
 
 def _zstd_error() -> type[Exception]:
     try:
-        error: type[Exception] = _zstd().ZstdError
+        error: type[Exception] = zstd().ZstdError
     except ImportError:
         return EOFError  # which is caught anyway
     return error

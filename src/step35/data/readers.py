@@ -81,7 +81,7 @@ class _File:
         }
         return Document(text, **own | given)
 
-    def from_record(self, record: Any, line: int, content: object) -> Iterator[Document]:
+    def from_record(self, record: Any, line: int, content: str | bytes) -> Iterator[Document]:
         """Yield the record's document, or nothing after noting why there is none."""
         text = record.get(self.text_field) if isinstance(record, dict) else None
         if not isinstance(record, dict):
@@ -134,12 +134,12 @@ def _text(file: _File) -> Iterator[Document]:
             text = piece.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             at = piece.count(b"\n", 0, error.start)
-            file.bad.add(file.path, line + at, "not UTF-8", piece.splitlines()[at])
+            file.bad.add(file.path, line + at, "not UTF-8", piece.split(b"\n")[at])
         else:
             if text.strip() and "\0" not in text:
                 yield file.document(text, kind=kind, language=language)
             else:
-                file.bad.add(file.path, line, "null bytes" if text.strip() else "empty text", "")
+                file.bad.add(file.path, line, "null bytes" if text.strip() else "empty text")
         line += piece.count(b"\n")
 
 
@@ -161,11 +161,11 @@ def _json_lines(file: _File) -> Iterator[Document]:
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            file.bad.add(file.path, number, "not UTF-8", line[:80])
+            file.bad.add(file.path, number, "not UTF-8", line)
         except (ValueError, RecursionError) as error:
-            file.bad.add(file.path, number, f"not JSON ({error})" if line.strip() else "empty line", line[:80])
+            file.bad.add(file.path, number, f"not JSON ({error})" if line.strip() else "empty line", line)
         else:
-            yield from file.from_record(record, number, line[:80])
+            yield from file.from_record(record, number, line)
 
 
 def _parquet(file: _File) -> Iterator[Document]:
@@ -199,7 +199,7 @@ def _parquet_row(file: _File, row: int, cells: dict[str, Any]) -> Iterator[Docum
     except UnicodeDecodeError:
         file.bad.add(file.path, row, "not UTF-8")
     else:
-        yield from file.from_record(record, row, record)
+        yield from file.from_record(record, row, str(record))
 
 
 def _token_shards(file: _File) -> Iterator[Document]:

@@ -28,10 +28,10 @@ from step35.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class SourceAccount:
-    """What the rows served so far held of one source."""
+    """What some rows hold of one source."""
 
     documents: int
-    """Documents whose first token was among them."""
+    """Documents whose first token is among them."""
     tokens: int
     epochs: float
     """`tokens` over the tokens of the source."""
@@ -79,9 +79,9 @@ class MixtureLoader:
     ) -> None:
         """Mix the `sources` that `weights` names; weights are relative.
 
-        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `start` is where the
-        stream of each source begins, 0 where it has no entry: a later stage goes on where `behind` says the one
-        before stopped. Raises `ConfigError` for weights that cannot be kept, `DataError` for sources that do not fit.
+        From row `mask_meta_from` on, metadata tokens are no targets (app. A.3 of the report). `start` says where
+        in its stream each source begins (0 without an entry), so that a stage goes on `behind` the ones before it.
+        Raises `ConfigError` for weights that cannot be kept, `DataError` for sources that do not go together.
         """
         _check(sources, weights, mask_meta_from)
         self.quotas = quotas(weights, window_rows * context)
@@ -103,8 +103,8 @@ class MixtureLoader:
         windows, part = divmod(rows, self._window_rows)
         found = {}
         for number, (name, stream) in enumerate(zip(self._names, self._streams, strict=True)):
-            start, taken = self._start[name], windows * self.quotas[name]
-            documents = stream.begun(start + taken) - stream.begun(start)
+            offset, taken = self._start[name], windows * self.quotas[name]
+            documents = stream.begun(offset + taken) - stream.begun(offset)
             if part:
                 window = self._window(windows)
                 served = slice(0, window.rows[part])
@@ -115,9 +115,12 @@ class MixtureLoader:
         return found
 
     def behind(self, rows: int) -> dict[str, int]:
-        """Return where each source's stream stands behind the window of the last of the first `rows` rows."""
+        """Return where each source's stream stands behind the windows of the first `rows` rows.
+
+        What the last window holds beyond those rows is skipped, so that nothing is read twice.
+        """
         windows = -(-rows // self._window_rows)
-        return {name: start + windows * self.quotas[name] for name, start in self._start.items()}
+        return {name: offset + windows * self.quotas[name] for name, offset in self._start.items()}
 
     def packing(self, windows: int = 1) -> Packing:
         """Measure the packing of the first `windows` windows."""
@@ -140,20 +143,21 @@ class MixtureLoader:
         segments = np.empty(self._context, dtype=np.int32)
         targets = np.ones(self._context, dtype=bool)
         masked = self._mask_meta_from is not None and number >= self._mask_meta_from
+        own = slice(window.rows[row], window.rows[row + 1])
+        columns = (window.sources[own], window.starts[own], window.lengths[own], window.meta[own])
         begin = 0
-        for segment, piece in enumerate(range(window.rows[row], window.rows[row + 1])):
-            end = begin + int(window.lengths[piece])
-            shards = self._shards[window.sources[piece]]
-            tokens[begin:end] = shards.slice(int(window.starts[piece]), end - begin)
+        for segment, (source, start, length, meta) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            end = begin + length
+            tokens[begin:end] = self._shards[source].slice(start, length)
             segments[begin:end] = segment
             targets[begin] = False  # nothing stands before it that could predict it
             if masked:
-                targets[begin : begin + int(window.meta[piece])] = False
+                targets[begin : begin + meta] = False
             begin = end
         return Row(tokens, segments, targets)
 
     def _window(self, number: int) -> _Window:
-        """Return the layout of a window; the last two are kept, since a batch may lie in both."""
+        """Return the layout of a window; its neighbours are kept, since a batch may lie in two."""
         window = self._windows.get(number) or self._lay_out(number)
         self._windows = {n: w for n, w in self._windows.items() if abs(n - number) == 1} | {number: window}
         return window
@@ -182,15 +186,16 @@ class MixtureLoader:
         name, stream, shards = self._names[source], self._streams[source], self._shards[source]
         quota = self.quotas[name]
         pieces = stream.take(self._start[name] + window * quota, quota)
-        rows_each = -(-pieces.lengths // self._context)
-        from_ = np.repeat(np.arange(rows_each.size), rows_each)
-        skipped = self._context * (np.arange(from_.size) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each))
-        documents = pieces.documents[from_]
+        parts = -(-pieces.lengths // self._context)  # how many parts of at most a row each of them is cut to
+        piece = np.repeat(np.arange(parts.size), parts)
+        part = np.arange(piece.size) - (np.cumsum(parts) - parts)[piece]
+        skipped = part * self._context
+        documents = pieces.documents[piece]
         return (
-            np.full(from_.size, source),
-            pieces.starts[from_] + skipped,
-            np.minimum(pieces.lengths[from_] - skipped, self._context),
-            pieces.offsets[from_] + skipped,
+            np.full(piece.size, source),
+            pieces.starts[piece] + skipped,
+            np.minimum(pieces.lengths[piece] - skipped, self._context),
+            pieces.offsets[piece] + skipped,
             stream.lengths[documents],
             np.zeros_like(documents) if shards.meta_tokens is None else shards.meta_tokens[documents],
         )

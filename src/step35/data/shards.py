@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -139,8 +141,8 @@ class TokenShards:
         self._dtype = np.dtype(index["dtype"])
         self._shards: list[dict[str, Any]] = index["shards"]
         self._maps = [self._map(shard) for shard in self._shards]
-        self._borders = np.cumsum([0, *(shard["tokens"] for shard in self._shards)], dtype=np.int64)
-        self.total_tokens = int(self._borders[-1])
+        self._borders: list[int] = [0, *accumulate(shard["tokens"] for shard in self._shards)]
+        self.total_tokens = self._borders[-1]
         if self.total_tokens != index["total_tokens"]:
             raise DataError(_damaged(folder, f"shards hold {self.total_tokens} of {index['total_tokens']} tokens"))
         starts = [local + border for local, border in zip(self._read("documents"), self._borders[:-1], strict=True)]
@@ -166,9 +168,9 @@ class TokenShards:
         if start < 0 or length < 0 or start + length > self.total_tokens:
             raise IndexError(f"tokens {start}..{start + length - 1} are not in 0..{self.total_tokens - 1}")
         parts = []
-        shard = int(np.searchsorted(self._borders, start, side="right")) - 1
+        shard = bisect_right(self._borders, start) - 1
         while length > 0:
-            offset = start - int(self._borders[shard])
+            offset = start - self._borders[shard]
             part = self._maps[shard][offset : offset + length]
             parts.append(part)
             start, length, shard = start + part.size, length - part.size, shard + 1
@@ -186,7 +188,7 @@ class TokenShards:
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise DataError(_damaged(self.folder, f"{path.name} has {size} bytes instead of {expected}"))
-        return np.memmap(path, dtype=self._dtype, mode="r")
+        return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))  # slices of np.memmap cost microseconds more
 
     def _read(self, what: str) -> list[np.ndarray[Any, Any]]:
         """Return the array of one number a document, `what`, of each shard."""

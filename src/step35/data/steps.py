@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def key_of(settings: PrepareConfig, tokenizer_texts: Sequence[str]) -> str:
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for name in given
         for path in sorted([Path(name), *Path(name).rglob("*")])
-        if path.is_file()
+        if os.path.isfile(path)
     ]
     # Unset sources are left out: a folder made before there were any keeps its key.
     chosen = settings.model_dump(exclude=None if settings.sources else {"sources"})
