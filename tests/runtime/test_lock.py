@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,9 @@ def hold(folder: Path, ready: Connection) -> None:
         ready.recv()
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=hold, args=(tmp_path, theirs))
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path, processes: ForkServerContext) -> None:
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=hold, args=(tmp_path, theirs))
     process.start()
     try:
         pid = ours.recv()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,8 @@ def terminate_twice() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_second_sigterm_ends_the_process_at_once() -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=terminate_twice)
+def test_a_second_sigterm_ends_the_process_at_once(processes: ForkServerContext) -> None:
+    process = processes.Process(target=terminate_twice)
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGTERM
