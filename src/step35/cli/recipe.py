@@ -53,6 +53,8 @@ def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
     run.write_env()
     first = recipe.training(recipe.stages[0])
     data = stages.prepare_data(run.path / "data", recipe.prepare, console, context=first.context)
+    for stage in recipe.stages:
+        check_sources(recipe, stage, data)  # a wrong name in the last stage is to be said before the first one starts
     former: RunDir | None = None
     rows = []
     for number, stage in enumerate(recipe.stages, start=1):
@@ -144,9 +146,6 @@ def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> Mix
 
 def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start: dict[str, int]) -> MixtureLoader:
     weights, context = recipe.weights(stage), recipe.training(stage).context
-    missing = sorted(weights.keys() - data.sources.keys())
-    if missing:
-        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
     from_tokens = stage.mask_meta_from_tokens
     return MixtureLoader(
         {name: data.sources[name] for name in weights},
@@ -156,6 +155,18 @@ def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start
         start=start,
         mask_meta_from=None if from_tokens is None else max(0, from_tokens - recipe.tokens_before(stage)) // context,
     )
+
+
+def check_sources(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> None:
+    """Raise `ConfigError` for a source that was not prepared, and for a file of conversations that is not there."""
+    missing = sorted(recipe.weights(stage).keys() - data.sources.keys()) if stage.mixture else []
+    if missing:
+        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
+    if stage.conversations not in (None, CALCULATOR) and not Path(str(stage.conversations)).is_file():
+        raise ConfigError(
+            f"stage {stage.name!r}: conversations={stage.conversations!r} is no file; give JSON lines of "
+            f'conversations, or "{CALCULATOR}" for synthesised ones.'
+        )
 
 
 def _conversations(
