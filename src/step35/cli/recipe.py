@@ -39,6 +39,8 @@ from step35.train.trainer import train
 
 CALCULATOR = "calculator"
 """Conversations of this name are synthesised: calculator demonstrations with executed calls."""
+WINDOW_ROWS = 256
+"""Rows of a window of the mixture, unless the stage is shorter: shares are exact by window."""
 MANY_EPOCHS = 4
 """Reading data more often adds little (Muennighoff et al. 2023, arXiv:2305.16264)."""
 ACCEPTANCE_PROMPTS = 24
@@ -145,15 +147,18 @@ def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> Mix
 
 
 def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start: dict[str, int]) -> MixtureLoader:
-    weights, context = recipe.weights(stage), recipe.training(stage).context
-    from_tokens = stage.mask_meta_from_tokens
+    weights, config = recipe.weights(stage), recipe.training(stage)
+    masked: int | None = None
+    if stage.mask_meta_from_tokens is not None:
+        masked = max(0, stage.mask_meta_from_tokens - recipe.tokens_before(stage)) // config.context
     return MixtureLoader(
         {name: data.sources[name] for name in weights},
         weights,
-        context=context,
+        context=config.context,
         seed=recipe.seed,
         start=start,
-        mask_meta_from=None if from_tokens is None else max(0, from_tokens - recipe.tokens_before(stage)) // context,
+        window_rows=min(WINDOW_ROWS, config.tokens_until(config.steps) // config.context),
+        mask_meta_from=masked,
     )
 
 

@@ -47,6 +47,7 @@ BUILTIN: dict[str, Callable[[int], Iterator[Document]]] = {
     "needle": _needles(700),
     "needle-4k": _needles(4_000),
     "needle-8k": _needles(8_000),
+    "needle-100k": _needles(100_000),
 }
 """Name -> documents for a seed."""
 
