@@ -13,6 +13,15 @@ from step35.runtime.rundir import RunDir
 CONFIG = {"steps": 10, "model": {"layers": 4, "sizes": (1, 2)}}
 
 
+def test_how_a_run_is_saved_may_change(tmp_path):
+    run = RunDir(tmp_path)
+    run.write_config({"lr": 1.0, "checkpoints": {"keep": 2}})
+    run.check_config({"lr": 1.0, "checkpoints": {"keep": 1}})
+    run.check_config({"lr": 1.0})  # as an older version wrote it
+    with pytest.raises(ConfigError, match=r"lr: 1\.0 in the folder, 2\.0 now"):
+        run.check_config({"lr": 2.0, "checkpoints": {"keep": 1}})
+
+
 def test_writes_config_and_environment(tmp_path):
     run = RunDir(tmp_path / "runs" / "a")
     run.write_config(CONFIG)

@@ -86,6 +86,7 @@ def run_stage(
             losses.append(validation_loss(model, held_back, rows=max(1, 4096 // config.context)))
             return losses[-1]
 
+        stages.write_architecture(run, shape, data.tokenizer)
         train(model, Prefetch(loader), config, run, console, name=stage.name, validate=validate, start=start)
         stages.publish(model, data.tokenizer, run.path / "model")
         if isinstance(loader, MixtureLoader):
