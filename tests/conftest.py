@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,14 @@ def _row(random: np.random.Generator, tokens: int, vocabulary: int, *, first: in
     targets = (random.random(tokens) < 0.8) & (segments >= 0)
     targets[[0, first]] = False
     return Row(random.integers(0, vocabulary, tokens), segments, targets)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Return a source of processes that have the trainer loaded and start in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["step35.train.trainer"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,12 @@ class DiskFullError(Step35Error):
     exit_code = 28  # ENOSPC
 
 
+class RunLockedError(Step35Error):
+    """Another process is writing the same run directory."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command may work later
+
+
 class DivergedError(Step35Error):
     """Training produced a loss or gradient that is not finite."""
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from step35.cli import main as cli
+from step35.cli.stages import write_architecture
 from step35.data.tokenizer import load_tokenizer
 from step35.model.weights import load_model
+from step35.runtime import checkpoint
+from step35.runtime.rundir import RunDir
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,3 +102,46 @@ def test_a_link_to_a_folder_stays_a_link(micro_checkpoint: Path, tmp_path: Path)
     assert (tmp_path / "link").is_symlink()
     assert load_model(tmp_path / "real")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.fixture
+def run(micro_checkpoint: Path, tmp_path: Path) -> RunDir:
+    """A training run of the micro model that has not saved yet."""
+    run = RunDir(tmp_path / "run")
+    write_architecture(run, load_model(micro_checkpoint).config, load_tokenizer(micro_checkpoint))
+    return run
+
+
+@pytest.mark.parametrize("kind", ["train", "rl"])
+def test_any_checkpoint_of_a_run_is_exported(run: RunDir, micro_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    for step in (1, 2):
+        weights = {name: tensor + step for name, tensor in load_model(micro_checkpoint).state_dict().items()}
+        part = {"model": weights, "optimisers": [{"momentum": torch.ones(3)}]}
+        state = part if kind == "train" else {"actor": part, "critic": {"model": {}}}
+        checkpoint.save(run.checkpoints, step, {"step": step, **state})
+    for path, step in ((run.path, 2), (run.checkpoints / "step_1", 1), (run.checkpoints / "step_2", 2)):
+        out = tmp_path / "out"
+        assert cli.main(["convert", str(path), str(out), "--dtype", "float32"]) == 0
+        expected = load_model(micro_checkpoint).state_dict()
+        for name, tensor in load_model(out).state_dict().items():
+            assert torch.equal(tensor, expected[name] + step), name
+        text = "What is 12 * 7? <think>"
+        assert load_tokenizer(out).encode(text) == load_tokenizer(micro_checkpoint).encode(text)
+    assert cli.main(["convert", str(run.path), str(tmp_path / "trunk"), "--mtp", "0"]) == 0
+    assert len(load_model(tmp_path / "trunk").mtp) == 0
+
+
+def test_a_run_that_cannot_be_exported_says_why(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", str(run.path), str(tmp_path / "out")]) == 2
+    assert "has saved no checkpoint yet" in capsys.readouterr().err
+    step = checkpoint.save(run.checkpoints, 1, {"model": {}})
+    assert cli.main(["convert", str(step), str(tmp_path / "out")]) == 2
+    assert "does not match its config.json" in capsys.readouterr().err
+    (step / "state.json").write_text("{}")
+    assert cli.main(["convert", str(step), str(tmp_path / "out")]) == 2
+    assert "its manifest says" in capsys.readouterr().err
+    shutil.rmtree(run.path / "architecture")
+    assert cli.main(["convert", str(step), str(tmp_path / "out")]) == 2
+    assert f"{run.path / 'architecture'} is missing" in capsys.readouterr().err

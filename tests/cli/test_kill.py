@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from step35.cli import main as cli
 from step35.runtime import checkpoint
@@ -163,26 +163,60 @@ def test_ctrl_c_saves_and_the_next_run_continues(process: Any, unbroken: Any, tm
     done = len(records(out / "metrics.jsonl"))
     assert saved.name == f"step_{done}"
     assert done < 6
-    assert records(out / "events.jsonl")[-1] == {"kind": "interrupted", "step": done}
+    event = records(out / "events.jsonl")[-1]
+    assert (event["kind"], event["step"], event["signal"]) == ("interrupted", done, "SIGINT")
     assert process.start(*command).wait(timeout=300) == 0
     assert records(out / "events.jsonl")[-2] == {"kind": "resumed", "step": done}
     assert trained(out) == trained(unbroken.path / "train")
 
 
+def test_sigterm_saves_and_exits_143_and_meanwhile_no_one_else_gets_in(
+    process: Any, unbroken: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "output.txt"
+    command = [*train_command(unbroken, out), "--checkpoint-every", "2", "--steps", "100000"]
+    with open(log, "wb") as output:
+        running: subprocess.Popen[bytes] = process.start(*command, output=output)
+        try:
+            process.wait_until(lambda: checkpoint.latest(out / "checkpoints"), running)
+            assert cli.main(command) == 75
+            assert f"{out} is being written by process {running.pid} " in capsys.readouterr().err
+            assert cli.main(["convert", str(out), str(tmp_path / "export"), "--dtype", "float32"]) == 0
+            asked = time.monotonic()
+            running.terminate()
+            code = running.wait(timeout=120)
+            took = time.monotonic() - asked
+        finally:
+            running.kill()
+    assert code == 143, log.read_text()
+    assert "terminated; run the same command again to continue" in log.read_text()
+    event = records(out / "events.jsonl")[-1]
+    assert (event["kind"], event["signal"]) == ("interrupted", "SIGTERM")
+    # One step and one save; the rest is Python's own exit.
+    assert event["seconds"] < took < 30
+    restored = checkpoint.latest_state(out / "checkpoints")
+    assert restored is not None
+    assert restored.state["step"] == event["step"]
+    assert generates(tmp_path / "export")
+
+
+def generates(model: Path) -> bool:
+    """Can the exported model be used as any other?"""
+    return cli.main(["generate", str(model), "--prompt", "def f(", "--max-tokens", "4"]) == 0
+
+
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Let the disk fill up in the middle of the third checkpoint."""
-    save, calls = torch.save, []
+    write = checkpoint.write_tensors
 
-    def failing(state: Any, stream: Any) -> None:
-        calls.append(stream)
-        if len(calls) < 3:
-            save(state, stream)
-            return
-        stream.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def failing(folder: Path, tensors: Any) -> None:
+        write(folder, tensors)
+        if folder.name.startswith("step_3."):
+            (folder / "__0_0.distcp").write_bytes(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.torch, "save", failing)
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return monkeypatch
 

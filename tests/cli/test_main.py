@@ -19,10 +19,11 @@ from step35.cli import main as cli
 from step35.cli.shipped import SHIPPED
 from step35.config.demo import DemoConfig
 from step35.config.presets import preset
-from step35.errors import CheckpointError, DataError, DivergedError
+from step35.errors import CheckpointError, DataError, DivergedError, RunLockedError
 from step35.model.step35 import Step35
 from step35.model.weights import load_model
 from step35.post.rl.critic import make_critic
+from step35.runtime.signals import Terminated
 
 
 def message_of(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
@@ -230,6 +231,8 @@ def test_a_stage_on_its_own_has_the_demos_settings(monkeypatch: pytest.MonkeyPat
         (CheckpointError("no model"), 2),
         (DivergedError("loss=nan"), 3),
         (KeyboardInterrupt(), 130),
+        (Terminated(), 143),
+        (RunLockedError("busy"), 75),
         (BrokenPipeError(), 141),
     ],
 )

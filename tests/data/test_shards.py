@@ -113,7 +113,7 @@ def test_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def fsync(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:  # the first shard and its offsets still fitted
+        if len(calls) == 4:  # the first shard with its two arrays still fitted
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import errno
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -28,6 +31,27 @@ def test_round_trip(tmp_path):
     assert state["note"] == "text"
 
 
+def test_two_saves_of_one_state_have_the_same_bits(tmp_path):
+    for name in ("a", "b"):
+        checkpoint.save(tmp_path / name, 7, state_of(7))
+    files = [(tmp_path / name / "step_7" / "__0_0.distcp").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_load_tensors_takes_a_part(tmp_path):
+    path = checkpoint.save(tmp_path, 7, state_of(7))
+    found = checkpoint.load_tensors(path, "model/")
+    assert sorted(found) == ["half", "weight"]
+    assert torch.equal(found["weight"], torch.full((3, 4), 7.0))
+    assert checkpoint.load_tensors(path, "actor/") == {}
+
+
+def test_keeps_multiples_for_ever(tmp_path):
+    for step in range(1, 12):
+        checkpoint.save(tmp_path, step, state_of(step), keep=2, keep_every=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11", "step_4", "step_8"]
+
+
 def test_keeps_the_newest_by_number(tmp_path):
     for step in (8, 9, 10, 100):
         checkpoint.save(tmp_path, step, state_of(step), keep=2)
@@ -49,10 +73,7 @@ def test_nothing_saved(tmp_path):
 
 def test_drafts_of_a_killed_run_are_ignored_and_removed(tmp_path):
     checkpoint.save(tmp_path, 1, state_of(1))
-    draft = tmp_path / "step_2.tmp-12345"
-    draft.mkdir()
-    torch.save(state_of(2), draft / "state.pt")
-    (tmp_path / "step_9").mkdir()  # a folder without a state is no checkpoint
+    draft = checkpoint.save(tmp_path, 2, state_of(2)).rename(tmp_path / "step_2.tmp")
     assert checkpoint.latest(tmp_path) == tmp_path / "step_1"
     restored = checkpoint.latest_state(tmp_path)
     assert restored is not None
@@ -65,7 +86,7 @@ def test_drafts_of_a_killed_run_are_ignored_and_removed(tmp_path):
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, wrapped):
     checkpoint.save(tmp_path, 1, state_of(1), keep=1)
 
-    def full(state, stream):
+    def full(tensor: Any, stream: Any) -> None:
         stream.write(b"half")
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -74,45 +95,97 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, wrapped)
                 raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
             raise
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DiskFullError, match="step_2"):
         checkpoint.save(tmp_path, 2, state_of(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     assert checkpoint.load(tmp_path / "step_1")["note"] == "text"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "garbage", "empty"])
-def test_damaged_newest_falls_back_and_says_so(tmp_path, damage):
+def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, state_of(1))
-    file = checkpoint.save(tmp_path, 2, state_of(2)) / "state.pt"
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 2**20)
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *given: pytest.fail("began to write"))
+    with pytest.raises(DiskFullError, match=r"step_2: it takes 1\.0 MB, and 1\.0 MB are free"):
+        checkpoint.save(tmp_path, 2, state_of(2))
+
+
+FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json")
+
+
+def flip(content: bytes) -> bytes:
+    """Change one bit in the middle."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone"])
+def test_damaged_newest_falls_back_and_says_so(tmp_path: Path, name: str, damage: str) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1))
+    file = checkpoint.save(tmp_path, 2, state_of(2)) / name
     content = file.read_bytes()
-    file.write_bytes({"truncate": content[: len(content) // 2], "garbage": b"x" * 500, "empty": b""}[damage])
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"truncated": content[: len(content) // 2], "flipped": flip(content), "empty": b""}[damage])
     restored = checkpoint.latest_state(tmp_path)
     assert restored is not None
     path, state, skipped = restored
     assert path == tmp_path / "step_1"
     assert state["optimizer"][0]["step"] == 1
-    assert len(skipped) == 1
-    assert "step_2" in skipped[0]
+    [(passed_over, reason)] = skipped.items()
+    assert passed_over == tmp_path / "step_2"
+    assert name in reason or damage == "flipped"  # in the manifest, a flipped bit may accuse any file
 
 
 def test_only_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path):
-    file = checkpoint.save(tmp_path, 2, state_of(2)) / "state.pt"
-    file.write_bytes(b"x")
+    (checkpoint.save(tmp_path, 2, state_of(2)) / "state.json").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="step_2"):
         checkpoint.latest_state(tmp_path)
+
+
+def test_a_discarded_checkpoint_is_not_chosen_again(tmp_path):
+    paths = [checkpoint.save(tmp_path, step, state_of(step), keep=9) for step in (1, 2, 3)]
+    for path in (paths[1], paths[2]):
+        checkpoint.discard(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_3.bad"]
+    restored = checkpoint.latest_state(tmp_path)
+    assert restored is not None
+    assert restored.path == paths[0]
+    assert restored.skipped == {}
+    checkpoint.save(tmp_path, 3, state_of(3), keep=9)  # replayed
+    assert checkpoint.latest(tmp_path) == paths[2]
+
+
+def test_latest_before_a_step(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, state_of(step), keep=9)
+    restored = checkpoint.latest_state(tmp_path, before=3)
+    assert restored is not None
+    assert restored.path.name == "step_2"
+    assert checkpoint.latest_state(tmp_path, before=1) is None
 
 
 def test_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="is missing"):
         checkpoint.load(tmp_path)
-    torch.save([1, 2], tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="list"):
-        checkpoint.load(tmp_path)
+    path = checkpoint.save(tmp_path, 1, state_of(1))
+    content = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(content | {"format": "another"}))
+    with pytest.raises(CheckpointError, match="has the format 'another'"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_an_older_version_is_named_not_ignored(tmp_path):
+    (tmp_path / "step_5").mkdir()
+    torch.save(state_of(5), tmp_path / "step_5" / "state.pt")
+    with pytest.raises(CheckpointError, match="older version"):
+        checkpoint.latest_state(tmp_path)
 
 
 @pytest.mark.parametrize("value", [numpy.float64(1.0), {1, 2}, object()])
 def test_refuses_what_load_would_refuse(tmp_path, value):
-    with pytest.raises(TypeError, match=r"state\['optimizer'\]\[0\]\['lr'\]"):
+    with pytest.raises(TypeError, match="optimizer/0/lr is a"):
         checkpoint.save(tmp_path, 1, {"optimizer": [{"lr": value}]})
     assert not (tmp_path / "step_1").exists()

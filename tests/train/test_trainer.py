@@ -156,9 +156,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 ) -> None:
     start(tmp_path / "unbroken")
     start(tmp_path / "broken")
-    (tmp_path / "broken" / "checkpoints" / "step_7" / "state.pt").write_bytes(b"half")
+    (tmp_path / "broken" / "checkpoints" / "step_7" / "__0_0.distcp").write_bytes(b"half")
     start(tmp_path / "broken")
-    assert "warning" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "its manifest says" in output
+    assert "Going back to step_6." in output
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
     kinds = [event["kind"] for event in read_metrics(tmp_path / "broken" / "events.jsonl")]
     assert kinds == ["checkpoint_skipped", "resumed"]
@@ -167,7 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(start: Start, tmp_path: Path) -> None:
     start(tmp_path, steps=3)
     for path in (tmp_path / "checkpoints").glob("step_*"):
-        (path / "state.pt").write_bytes(b"half")
+        (path / "state.json").write_bytes(b"half")
     with pytest.raises(CheckpointError):
         start(tmp_path)
 

@@ -1,6 +1,7 @@
 """Rewrite a model tensor by tensor: released layout (safetensors), its FP8 form, or GGUF for llama.cpp, and back.
 
-Examples: `step35 convert runs/demo/export flash-fp8 --dtype float8`,
+Weights of a training run are exported while it runs: `step35 convert runs/train out` takes its newest checkpoint.
+Other examples: `step35 convert runs/demo/export flash-fp8 --dtype float8`,
 `step35 convert runs/demo/export model.gguf --to gguf --dtype q8_0`, `step35 convert model.gguf checkpoint`.
 """
 
@@ -35,7 +36,8 @@ class Args(Config):
     """From where to where."""
 
     path: tyro.conf.Positional[Path]
-    """Checkpoint folder in the released layout (also FP8), such as runs/demo/rl/model, or a .gguf file."""
+    """Checkpoint folder in the released layout (also FP8), such as runs/demo/rl/model; a .gguf file; a training run
+    such as runs/train, or one checkpoint of it, such as runs/train/checkpoints/step_100."""
     out: tyro.conf.Positional[Path]
     """Folder to write; with --to gguf, a file that ends in .gguf."""
     to: Literal["safetensors", "gguf"] = "safetensors"
@@ -110,11 +112,14 @@ def _write(args: Args, config: ModelConfig, source: Tensors, tokenizer: Tokenize
 
 
 def _tokenizer(path: Path, config: ModelConfig, source: Tensors) -> Tokenizer:
-    """Return the tokenizer of a checkpoint folder, or that inside a GGUF file (beside it if its rule is unknown)."""
+    """Return the tokenizer of a source, or that inside a GGUF file (beside it if its rule is unknown)."""
     from step35.data.gguf_vocabulary import RULES, tokenizer_from_keys
     from step35.data.tokenizer import load_tokenizer
     from step35.model.gguf import GGUFTensors
+    from step35.model.weights import architecture, training_checkpoint
 
+    if step := training_checkpoint(path):
+        return load_tokenizer(architecture(step))
     if not isinstance(source, GGUFTensors):
         return load_tokenizer(path)
     if source.metadata.get("tokenizer.ggml.pre") not in RULES and path.with_name("tokenizer.json").is_file():

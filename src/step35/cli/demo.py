@@ -24,6 +24,7 @@ from step35.model.weights import load_model
 from step35.runtime.console import Console
 from step35.runtime.device import set_threads
 from step35.runtime.disk import free_bytes
+from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 
 NEEDED_BYTES = 600_000_000
@@ -55,6 +56,12 @@ def main(args: Args) -> int:
     if args.fresh:
         remove_run(args.out)
     run = RunDir(args.out)
+    with locked(run.path):
+        return demonstrate(run, config)
+
+
+def demonstrate(run: RunDir, config: DemoConfig) -> int:
+    """Run the demo in `run`, which no one else writes to meanwhile."""
     settings = config.model_dump(mode="json", exclude={"out", "fresh", "dry_run"})
     run.check_config(settings)
     if not (run.path / "summary.json").is_file():  # a finished run stays as it was
@@ -168,7 +175,8 @@ def remove_run(path: Path) -> None:
         return
     if not ((path / "config.json").is_file() and (path / "env.json").is_file()):
         raise ConfigError(f"--fresh would delete {path}, which is not a run directory; choose another --out.")
-    shutil.rmtree(path)
+    with locked(path):
+        shutil.rmtree(path)
 
 
 def check_space(path: Path) -> None:

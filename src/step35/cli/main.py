@@ -16,6 +16,7 @@ from typing import Any
 from step35 import __version__
 from step35.config.base import suggest
 from step35.errors import ConfigError, Step35Error
+from step35.runtime.signals import Terminated
 
 VERBS = {
     "demo": "train, post-train, evaluate and export a small model, end to end",
@@ -38,6 +39,7 @@ CONFIG_HELP = """
 `--config FILE` reads settings from TOML, or from JSON such as a run's own config.json; flags win over it."""
 RESUMABLE = ("demo", "prepare", "train", "curriculum", "sft", "rl", "eval")
 INTERRUPTED = 130
+TERMINATED = 143
 BROKEN_PIPE = 141
 
 
@@ -55,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"step35 {__version__}")
             return 0
         return run(given[0], given[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = "; run the same command again to continue" if given[0] in RESUMABLE else ""
-        print(f"interrupted{again}", file=sys.stderr)
-        return INTERRUPTED
+        print(f"{'terminated' if isinstance(stop, Terminated) else 'interrupted'}{again}", file=sys.stderr)
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except BrokenPipeError:
         with suppress(OSError):  # the flush at exit would complain again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

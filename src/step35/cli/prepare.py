@@ -13,7 +13,7 @@ class Args(PrepareConfig):
     """Settings of the corpus."""
 
     out: Path = Path("runs/data")
-    """Folder for tokenizer/, train/, val/ and prepare.json."""
+    """Folder for tokenizer/, train/ (or sources/NAME/), val/ and prepare.json."""
     context: int = Field(default=256, ge=8)
     """Row length on which the unigram and bigram baselines are computed."""
     dry_run: bool = False
@@ -33,7 +33,7 @@ def main(args: Args) -> int:
     settings = PrepareConfig.model_validate(args.model_dump(include=set(PrepareConfig.model_fields)))
     data = prepare_data(args.out, settings, console, context=args.context)
     rows = [
-        ("training tokens", f"{data.train.total_tokens:,}"),
+        *((f"training tokens, {name}", f"{shards.total_tokens:,}") for name, shards in data.sources.items()),
         ("validation tokens", f"{data.val.total_tokens:,}"),
         ("vocabulary", f"{data.tokenizer.vocab_size:,}"),
         ("unigram loss (nats per token)", f"{data.unigram_loss:.3f}"),

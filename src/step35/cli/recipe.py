@@ -19,6 +19,7 @@ from step35.config.recipe import RecipeConfig, StageConfig, with_theta
 from step35.config.train import TrainConfig
 from step35.data.loader import PackedLoader, validation
 from step35.data.packing import Batch
+from step35.data.prefetch import Prefetch
 from step35.data.prepare import PreparedData
 from step35.data.sampler import MixtureLoader
 from step35.engine.llm import LLM
@@ -81,7 +82,7 @@ def run_stage(
             losses.append(validation_loss(model, held_back, rows=max(1, 4096 // config.context)))
             return losses[-1]
 
-        train(model, loader, config, run, console, name=stage.name, validate=validate, start=start)
+        train(model, Prefetch(loader), config, run, console, name=stage.name, validate=validate, start=start)
         stages.publish(model, data.tokenizer, run.path / "model")
         if isinstance(loader, MixtureLoader):
             account = loader.account(config.tokens_until(config.steps) // config.context)

@@ -37,12 +37,13 @@ from step35.errors import ConfigError
 from step35.model.init import grow_mtp, initialise
 from step35.model.step35 import Step35
 from step35.model.tensors import ModelTensors, Tensors
-from step35.model.weights import load_model, save_tensors
+from step35.model.weights import ARCHITECTURE, load_model, released_config, save_tensors
 from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
 from step35.runtime.device import reuse_memory
 from step35.runtime.disk import fingerprint
+from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
 from step35.train.step import validation_loss
@@ -62,8 +63,16 @@ _UNITS = {
 def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inputs: str | Path) -> dict[str, Any]:
     """Do `work` in `run` unless it is done; return its result with the seconds it took.
 
-    A run made with other settings or from other `inputs` is refused with `ConfigError`.
+    A run made with other settings or from other `inputs` is refused with `ConfigError`, one that another process
+    is at with `RunLockedError`.
     """
+    with locked(run.path):
+        return _stage(run, config, work, inputs)
+
+
+def _stage(
+    run: RunDir, config: Config, work: Callable[[], dict[str, Any]], inputs: Mapping[str, str | Path]
+) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"out"})
     run.check_config(settings)
     check_inputs(run, inputs)
@@ -110,7 +119,9 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
             nonlocal label, before, shown
             if step != label or shown is None:
                 bars.close()
-                shown = bars.enter_context(console.stage(f"prepare: {step}", int(total), _UNITS.get(step, "document")))
+                shown = bars.enter_context(
+                    console.stage(f"prepare: {step}", int(total) or None, _UNITS.get(step, "document"))
+                )
                 label, before = step, 0.0
             shown.advance(int(done) - int(before), figure)
             before = done
@@ -119,7 +130,7 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
     skipped = data.record["sources"]["skipped"]
     if skipped:
         console.warn(
-            f"{len(skipped)} unreadable files left out, such as {skipped[0]}; all named in {out / 'prepare.json'}"
+            f"{len(skipped)} unreadable files or lines left out, such as {skipped[0]}; see {out / 'prepare.json'}"
         )
     return data
 
@@ -146,6 +157,7 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
             losses.append(validation_loss(model, held_back))
             return losses[-1]
 
+        write_architecture(run, architecture, data.tokenizer)
         train(model, loader, config, run, console, name="train", validate=validate)
         publish(model, data.tokenizer, run.path / "model")
         return {
@@ -169,6 +181,7 @@ def supervise(
         if conversations is None and not file.is_file():
             write_conversations(file, synthesise(config, console))
         samples = read_conversations(file, console.warn)
+        write_architecture(run, model.config, tokenizer)
         fine_tune(model, samples, tokenizer, config, run, console)
         publish(model, tokenizer, run.path / "model")
         return {"conversations": len(samples), "steps": config.steps}
@@ -206,12 +219,20 @@ def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Consol
     def work() -> dict[str, Any]:
         tokenizer = load_tokenizer(source)
         actor = load_model(source)
+        write_architecture(run, actor.config, tokenizer)
         rollouts = LLM(model=load_model(source), tokenizer=tokenizer, max_batch=config.prompts * config.responses)
         reinforce(actor, rollouts, environment("train", config.seed), tokenizer, config, run, console)
         publish(actor, tokenizer, run.path / "model")
         return {"rounds": config.steps}
 
     return stage(run, config, work, model=source)
+
+
+def write_architecture(run: RunDir, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write config and tokenizer into the run, so that `convert` can export any of its checkpoints."""
+    folder = RunDir(run.path / ARCHITECTURE)
+    folder.write_json("config.json", released_config(config, "float32"))
+    tokenizer.save(folder.path)
 
 
 def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "float32") -> None:

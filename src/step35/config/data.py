@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from step35.config.base import Config
+
+
+class SourceConfig(Config):
+    """One named source of documents: files of your own, or a corpus that is built in."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name in a recipe's mixture, and of the folder of its token shards."""
+    paths: tuple[str, ...] = ()
+    """Files and folders: text and code, .jsonl, each also as .gz or .zst, .parquet, folders of token shards."""
+    builtin: str | None = None
+    """A corpus that every machine has, instead of paths: code, documentation, arithmetic or needle."""
+    chars: int | None = Field(default=None, ge=1)
+    """Characters to take, from the start; None takes all, a built-in corpus needs a number."""
+    text_field: str = "text"
+    """Field of JSON records, or column of parquet files, that holds the text."""
+    max_bad_lines: int = Field(default=100, ge=0)
+    """Lines that cannot be read are skipped and named up to this number; one more is an error."""
+
+    @model_validator(mode="after")
+    def _files_or_builtin(self) -> SourceConfig:
+        if bool(self.paths) == bool(self.builtin):
+            raise ValueError(f"source {self.name!r} needs either paths or builtin")
+        if self.builtin and not self.chars:
+            raise ValueError(f"source {self.name!r}: builtin={self.builtin!r} needs chars, the characters to take")
+        return self
 
 
 class PrepareConfig(Config):
@@ -24,3 +49,15 @@ class PrepareConfig(Config):
     """Seed of file sampling, of the document order and of the arithmetic documents."""
     extra: tuple[str, ...] = ()
     """Your own text: files or folders of .txt, .md, .py, .jsonl (records with a "text" field)."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Named sources, each in token shards of its own for a recipe's mixture, instead of the corpus above."""
+
+    @model_validator(mode="after")
+    def _sources_alone(self) -> PrepareConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each of the sources needs a name of its own, not {names}")
+        for key in ("corpus_chars", "arithmetic_share", "extra") if names else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}={getattr(self, key)!r} cannot take effect beside named sources; leave it out")
+        return self

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from step35.config.base import Config
+from step35.config.checkpoint import CheckpointConfig
 
 
 class MISPOConfig(Config):
@@ -59,6 +60,7 @@ class RLConfig(Config):
     mis_po: MISPOConfig = MISPOConfig()
     checkpoint_every: int = Field(default=4, ge=1)
     """Rounds between checkpoints."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
     seed: int = Field(default=0, ge=0)
     """Seed of problems, samples and mini-batches."""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from step35.config.base import Config
+from step35.config.checkpoint import CheckpointConfig
 
 
 class MuonConfig(Config):
@@ -89,6 +90,7 @@ class TrainConfig(Config):
     """Dtype of the weights; bfloat16 keeps fp32 masters beside them, so that small updates are not lost."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between checkpoints."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
     validate_every: int = Field(default=100, ge=1)
     """Updates between measurements of the validation loss."""
     monitor_every: int = Field(default=20, ge=1)

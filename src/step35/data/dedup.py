@@ -28,7 +28,7 @@ class Deduplicator:
 
     def repeats(self, text: str) -> str:
         """Return "exact duplicate" or "near duplicate"; or remember `text` and return an empty string."""
-        fingerprint = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+        fingerprint = hashlib.blake2b(" ".join(text.split()).encode(errors="replace"), digest_size=16).digest()
         if fingerprint in self._exact:
             return "exact duplicate"
         sketch = self._sketch(text)
@@ -63,4 +63,4 @@ class Deduplicator:
 
 def _hash(line: str) -> int:
     # Not hash(): that one changes with every interpreter start.
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(line.encode(errors="replace"), digest_size=8).digest(), "big")

@@ -7,13 +7,21 @@ borders within a row (`Batch.segments`). Each epoch is its own permutation of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from step35.data.packing import Batch, Row, stack
 from step35.data.shards import TokenShards
 from step35.errors import DataError
+
+
+class Loader(Protocol):
+    """Rows as a pure function of their numbers."""
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count - 1`."""
+        ...
 
 
 class PretrainLoader:

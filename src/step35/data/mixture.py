@@ -20,16 +20,17 @@ from step35.data.tokenizer import Tokenizer
 Progress = Callable[[str, float, float, str], None]
 """Called with the step's name, the work done, the work in all, and a key figure as text."""
 
-_BATCH_CHARS = 400_000
+BATCH_CHARS = 400_000
 """Characters encoded between two progress calls: some tenths of a second."""
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """One document's token ids, uint32, and its kind."""
+    """One document's token ids, uint32, its kind, and how many of its first tokens are BOS and meta line."""
 
     ids: np.ndarray[Any, Any]
     kind: str
+    meta_tokens: int = 0
 
 
 def full_text(document: Document) -> str:
@@ -58,8 +59,8 @@ def encode_mixture(
     encoded: list[EncodedDocument] = []
     tokens = done_chars = 0
     total_chars = sum(len(document.text) for document in documents)
-    for batch in _batches(iter(documents), _BATCH_CHARS):
-        new = _encode(tokenizer, batch)
+    for batch in in_batches(iter(documents), BATCH_CHARS):
+        new = encode_documents(tokenizer, batch)
         encoded += new
         tokens += sum(document.ids.size for document in new)
         done_chars += sum(len(document.text) for document in batch)
@@ -70,7 +71,7 @@ def encode_mixture(
     made = 0
     while made < wanted:
         # A character is at most a token or so: batches of the missing size approach the goal from below.
-        new = _encode(tokenizer, next(_batches(supply, min(_BATCH_CHARS, wanted - made))))
+        new = encode_documents(tokenizer, next(in_batches(supply, min(BATCH_CHARS, wanted - made))))
         encoded += new
         made += sum(document.ids.size for document in new)
         progress("arithmetic", min(made, wanted), wanted, f"{made / 1e6:.2f}M tokens")
@@ -100,7 +101,7 @@ def choose_validation(encoded: Sequence[EncodedDocument], order: np.ndarray[Any,
     return chosen
 
 
-def _batches(documents: Iterator[Document], most_chars: int) -> Iterator[list[Document]]:
+def in_batches(documents: Iterator[Document], most_chars: int) -> Iterator[list[Document]]:
     """Group documents until each group holds `most_chars` characters; the last may hold fewer."""
     while first := next(documents, None):
         batch, characters = [first], len(full_text(first))
@@ -110,17 +111,24 @@ def _batches(documents: Iterator[Document], most_chars: int) -> Iterator[list[Do
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
+    """Encode documents; what looks like a control token in a text stays text."""
     backend = tokenizer.backend
     # A corpus that quotes "<|im_end|>" must not gain control tokens from it.
     backend.encode_special_tokens = True
     try:
-        texts = [full_text(document) for document in documents]
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        # Lone surrogates (JSON may hold them) count as "?", as in `Tokenizer.encode`.
+        texts = [full_text(document).encode(errors="replace").decode() for document in documents]
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
     finally:
         backend.encode_special_tokens = False
     first, last = tokenizer.bos_id, tokenizer.eos_ids[0]
     return [
-        EncodedDocument(np.array([first, *encoding.ids, last], dtype=np.uint32), document.kind)
+        EncodedDocument(
+            np.array([first, *encoding.ids, last], dtype=np.uint32),
+            document.kind,
+            # BOS, and all up to the token that holds the meta line's newline.
+            meta_tokens=1 + int(encoding.char_to_token(len(document.meta)) or 0) + 1,
+        )
         for encoding, document in zip(encodings, documents, strict=True)
     ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free capacity, bin number), ascending
-    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        length = lengths[item]
-        if not 0 <= length <= capacity:
-            raise ValueError(f"item {item} has length {length}; allowed are 0..{capacity}")
+    for item, length in _longest_first(lengths, capacity):
         place = bisect_left(room, (length, -1))
         if place == len(room):
             bins.append([])
@@ -62,6 +59,45 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         bins[number].append(item)
         insort(room, (free - length, number))
     return bins
+
+
+def fill(lengths: Sequence[int], capacity: int, bins: int) -> list[list[tuple[int, int, int]]]:
+    """Distribute items over `bins` bins so that all are full; returns parts (item, first, length) of each bin.
+
+    Best-fit decreasing, as `pack`. An item that fits nowhere whole is cut over the holes that remain in the end, the
+    largest hole first. Raises ValueError when the items do not add up to all bins, or for a length not in
+    0..capacity.
+    """
+    if sum(lengths) != capacity * bins:
+        raise ValueError(f"items of {sum(lengths)} in all do not fill {bins} bins of {capacity}")
+    parts: list[list[tuple[int, int, int]]] = [[] for _ in range(bins)]
+    room = [(capacity, number) for number in range(bins)]
+    left: list[tuple[int, int]] = []
+    for item, length in _longest_first(lengths, capacity):
+        place = bisect_left(room, (length, -1))
+        if place == len(room):
+            left.append((item, length))
+        else:
+            free, number = room.pop(place)
+            parts[number].append((item, 0, length))
+            insort(room, (free - length, number))
+    for item, length in left:
+        done = 0
+        while done < length:
+            free, number = room.pop()
+            part = min(free, length - done)
+            parts[number].append((item, done, part))
+            done += part
+            insort(room, (free - part, number))
+    return parts
+
+
+def _longest_first(lengths: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
+    """Yield (item, length), the lower number first among equals."""
+    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        if not 0 <= lengths[item] <= capacity:
+            raise ValueError(f"item {item} has length {lengths[item]}; allowed are 0..{capacity}")
+        yield item, lengths[item]
 
 
 def pack_conversations(

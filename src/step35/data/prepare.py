@@ -1,15 +1,13 @@
 """Builds what pre-training reads: a tokenizer, token shards for training and validation, and their baselines.
 
-The steps are collect, tokenizer, tokenise, write, baselines. A finished tokenizer and finished shards are
-reused after an interruption (`steps.json`); `prepare.json` comes last, and then a second call does nothing.
-Validation holds whole documents of the training mixture, none of which training has a copy of.
+The steps are collect, tokenizer, tokenise, write, baselines; with named sources, the middle ones are taken for each
+source by itself. A finished tokenizer and finished shards are reused after an interruption (`steps.json`);
+`prepare.json` comes last, and then a second call does nothing. Validation holds whole documents of the training
+mixture, none of which training has a copy of.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +18,7 @@ import numpy as np
 
 from step35.config.data import PrepareConfig
 from step35.data.baselines import unigram_bigram
+from step35.data.lines import BadLines
 from step35.data.loader import validation
 from step35.data.mixture import (
     EncodedDocument,
@@ -30,19 +29,20 @@ from step35.data.mixture import (
     full_text,
 )
 from step35.data.shards import ShardWriter, TokenShards
+from step35.data.source_shards import first_documents, join_validation, source_documents, write_source
 from step35.data.sources import Document, SourceReport, collect
+from step35.data.steps import VERSION, Steps, key_of, read_record, write_record
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
-from step35.runtime.disk import disk_errors, write_text
+from step35.runtime.disk import disk_errors
 
-_VERSION = 1
 _SAMPLE_CHARS = 3_000_000
 _SAMPLE_ARITHMETIC_DOCUMENTS = 2_000
 _SAMPLE_EXTRA_SHARE = 0.05
 """The caller's texts are repeated to this share of the sample, enough for their words to get merges."""
 
-_STEP_FILES = {"tokenizer": ["tokenizer/tokenizer.json"], "shards": ["train/index.json", "val/index.json"]}
-"""A step only counts as finished while these exist, so deleting a damaged folder rebuilds it."""
+_BASELINE_TOKENS = 8_000_000
+"""Tokens of named sources that the baselines are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class PreparedData:
 
     folder: Path
     tokenizer: Tokenizer
-    train: TokenShards
+    sources: dict[str, TokenShards]
+    """Training tokens of each named source; the corpus of a folder without named sources is called "corpus"."""
     val: TokenShards
     unigram_loss: float
     """Validation loss of a unigram model, nats per token."""
@@ -60,16 +61,27 @@ class PreparedData:
     record: dict[str, Any]
     """The content of `prepare.json`."""
 
+    @property
+    def train(self) -> TokenShards:
+        """The training tokens; raises `DataError` when they are several sources."""
+        if len(self.sources) > 1:
+            raise DataError(
+                f"{self.folder} holds the sources {', '.join(self.sources)}; a recipe's mixture says how much of each."
+            )
+        return next(iter(self.sources.values()))
+
     @classmethod
     def load(cls, folder: Path) -> PreparedData:
         """Open a finished folder; raises `DataError` when it is unfinished or damaged."""
-        record = _read_record(folder / "prepare.json")
+        record = read_record(folder / "prepare.json")
         if not record:
             raise DataError(f"{folder} holds no finished data (no prepare.json); run `step35 prepare`.")
+        named = record.get("named")
+        folders = {name: folder / "sources" / name for name in named} if named else {"corpus": folder / "train"}
         return cls(
             folder,
             Tokenizer.load(folder / "tokenizer"),
-            TokenShards(folder / "train"),
+            {name: TokenShards(path) for name, path in folders.items()},
             TokenShards(folder / "val"),
             record["unigram_loss"],
             record["bigram_loss"],
@@ -90,18 +102,19 @@ def prepare(
     `context` is the row length of the baselines. `tokenizer_texts` (for example rendered chats) shape the
     vocabulary but are not in the corpus. Raises `DataError` and `DiskFullError`.
     """
-    key = _key(settings, tokenizer_texts)
-    steps = _Steps(out, key)
-    former = _read_record(out / "prepare.json")
+    key = key_of(settings, tokenizer_texts)
+    steps = Steps(out, key, _step_files(settings))
+    former = read_record(out / "prepare.json")
     if steps.result("shards") and former.get("key") == key and former.get("context") == context:
         return PreparedData.load(out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     (out / "prepare.json").unlink(missing_ok=True)
-    corpus = steps.result("shards") or _build_corpus(out, settings, tokenizer_texts, steps, progress)
-    unigram_loss, bigram_loss = _baselines(out, context, progress)
+    build = _build_sources if settings.sources else _build_corpus
+    corpus = steps.result("shards") or build(out, settings, tokenizer_texts, steps, progress)
+    unigram_loss, bigram_loss = _baselines(out, list(corpus.get("named", ())), context, progress)
     record = {
-        "version": _VERSION,
+        "version": VERSION,
         "key": key,
         "settings": settings.model_dump(),
         "context": context,
@@ -109,40 +122,27 @@ def prepare(
         "bigram_loss": bigram_loss,
         **corpus,
     }
-    _write_record(out / "prepare.json", record)
+    write_record(out / "prepare.json", record)
     return PreparedData.load(out)
 
 
-class _Steps:
-    """Remembers on disk which steps are done, as long as the settings and the files stay."""
-
-    def __init__(self, out: Path, key: str) -> None:
-        record = _read_record(out / "steps.json")
-        self._out = out
-        self._record: dict[str, Any] = record if record.get("key") == key else {"key": key}
-
-    def result(self, step: str) -> dict[str, Any]:
-        """Return what a finished step left behind, or an empty dictionary."""
-        if not all((self._out / file).is_file() for file in _STEP_FILES[step]):
-            return {}
-        return dict(self._record.get(step, {}))
-
-    def finish(self, step: str, result: dict[str, Any]) -> None:
-        self._record[step] = result
-        _write_record(self._out / "steps.json", self._record)
+def _step_files(settings: PrepareConfig) -> dict[str, list[str]]:
+    """Return the files that tell that a step is done."""
+    sources = {
+        f"source {source.name}": [f"sources/{source.name}/{index}" for index in ("index.json", "val/index.json")]
+        for source in settings.sources
+    }
+    training = [file for files in sources.values() for file in files] or ["train/index.json"]
+    return {"tokenizer": ["tokenizer/tokenizer.json"], **sources, "shards": [*training, "val/index.json"]}
 
 
 def _build_corpus(
-    out: Path, settings: PrepareConfig, tokenizer_texts: Sequence[str], steps: _Steps, progress: Progress
+    out: Path, settings: PrepareConfig, tokenizer_texts: Sequence[str], steps: Steps, progress: Progress
 ) -> dict[str, Any]:
     """Run the steps from collecting to the shards; return the counts for `prepare.json`."""
     documents, report = _collect(settings, progress)
-    if steps.result("tokenizer"):
-        tokenizer = Tokenizer.load(out / "tokenizer")
-    else:
-        sample = list(_tokenizer_sample(documents, tokenizer_texts, settings))
-        tokenizer = _train_tokenizer(out / "tokenizer", sample, settings.vocab_size, progress)
-        steps.finish("tokenizer", {"vocab_size": tokenizer.vocab_size})
+    sample = _tokenizer_sample(documents, tokenizer_texts, settings)
+    tokenizer = _tokenizer(out, sample, settings, steps, progress)
     encoded = encode_mixture(
         tokenizer,
         documents,
@@ -154,6 +154,33 @@ def _build_corpus(
     corpus = {"vocab_size": tokenizer.vocab_size, **counts, "sources": vars(report)}
     steps.finish("shards", corpus)
     return corpus
+
+
+def _build_sources(
+    out: Path, settings: PrepareConfig, tokenizer_texts: Sequence[str], steps: Steps, progress: Progress
+) -> dict[str, Any]:
+    """Write the shards of each named source; return the counts for `prepare.json`."""
+    tokenizer = _tokenizer(out, _sources_sample(tokenizer_texts, settings), settings, steps, progress)
+    named = {}
+    for source in settings.sources:
+        step, folder = f"source {source.name}", out / "sources" / source.name
+        named[source.name] = steps.result(step)
+        if not named[source.name]:
+            named[source.name] = write_source(folder, source, tokenizer, settings, progress)
+            steps.finish(step, named[source.name])
+    join_validation(out / "val", [out / "sources" / name for name in named], settings)
+    skipped = [quote for counts in named.values() for quote in counts["quotes"]]
+    corpus = {"vocab_size": tokenizer.vocab_size, "named": named, "sources": {"skipped": skipped}}
+    steps.finish("shards", corpus)
+    return corpus
+
+
+def _sources_sample(extra_texts: Sequence[str], settings: PrepareConfig) -> Iterator[str]:
+    """Yield the first texts of each source, as many characters of each."""
+    for source in settings.sources:
+        documents = source_documents(source, settings.seed, BadLines(source.max_bad_lines))
+        yield from map(full_text, first_documents(documents, _SAMPLE_CHARS // len(settings.sources)))
+    yield from _repeated(extra_texts, _SAMPLE_CHARS)
 
 
 def _collect(settings: PrepareConfig, progress: Progress) -> tuple[list[Document], SourceReport]:
@@ -177,17 +204,28 @@ def _tokenizer_sample(
         yield full_text(documents[number])
     if settings.arithmetic_share:
         yield from map(full_text, islice(arithmetic_documents(settings.seed), _SAMPLE_ARITHMETIC_DOCUMENTS))
+    yield from _repeated(extra_texts, characters)
+
+
+def _repeated(extra_texts: Sequence[str], characters: int) -> Iterator[str]:
+    """Yield the caller's texts as often as gives them their share of a sample of `characters`."""
     if extra_chars := sum(map(len, extra_texts)):
         for _ in range(1 + int(_SAMPLE_EXTRA_SHARE * characters / extra_chars)):
             yield from extra_texts
 
 
-def _train_tokenizer(folder: Path, sample: list[str], vocab_size: int, progress: Progress) -> Tokenizer:
+def _tokenizer(out: Path, texts: Iterator[str], settings: PrepareConfig, steps: Steps, progress: Progress) -> Tokenizer:
+    """Return the finished tokenizer, or train it on `texts`."""
+    folder = out / "tokenizer"
+    if steps.result("tokenizer"):
+        return Tokenizer.load(folder)
+    sample = list(texts)
     progress("tokenizer", 0, 1, f"{sum(map(len, sample)) / 1e6:.1f}M characters")
-    tokenizer = train_tokenizer(sample, vocab_size)
+    tokenizer = train_tokenizer(sample, settings.vocab_size)
     with disk_errors(folder):
         tokenizer.save(folder)
     progress("tokenizer", 1, 1, f"{tokenizer.vocab_size} tokens")
+    steps.finish("tokenizer", {"vocab_size": tokenizer.vocab_size})
     return tokenizer
 
 
@@ -209,7 +247,7 @@ def _write_shards(
     for split, documents in splits.items():
         with ShardWriter(out / split, vocab_size, settings.shard_tokens) as writer:
             for done, document in enumerate(documents, start=1):
-                writer.add(document.ids, document.kind)
+                writer.add(document.ids, document.kind, meta_tokens=document.meta_tokens)
                 if done % 1_000 == 0 or done == len(documents):
                     progress(f"write {split}", done, len(documents), f"{done:,} documents")
         shards = TokenShards(out / split)
@@ -221,36 +259,18 @@ def _write_shards(
     return counts
 
 
-def _baselines(out: Path, context: int, progress: Progress) -> tuple[float, float]:
+def _baselines(out: Path, named: list[str], context: int, progress: Progress) -> tuple[float, float]:
+    """Return unigram and bigram loss, fitted on the corpus, or on the same number of tokens of each named source."""
     progress("baselines", 0, 1, "")
-    train, val = TokenShards(out / "train"), TokenShards(out / "val")
+    val = TokenShards(out / "val")
     rows = validation(val, context, max_rows=val.total_tokens)
-    tokens = train.slice(0, train.total_tokens)
-    losses = unigram_bigram(tokens, rows.tokens, rows.segments, train.vocab_size)
+    if named:
+        sources = [TokenShards(out / "sources" / name) for name in named]
+        most = _BASELINE_TOKENS // len(sources)
+        tokens = np.concatenate([source.slice(0, min(most, source.total_tokens)) for source in sources])
+    else:
+        train = TokenShards(out / "train")
+        tokens = train.slice(0, train.total_tokens)
+    losses = unigram_bigram(tokens, rows.tokens, rows.segments, val.vocab_size)
     progress("baselines", 1, 1, f"bigram loss {losses[1]:.3f}")
     return losses
-
-
-def _key(settings: PrepareConfig, tokenizer_texts: Sequence[str]) -> str:
-    """Return a fingerprint of all that shapes the data; the user's files count by size and time of change."""
-    files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for name in settings.extra
-        for path in sorted([Path(name), *Path(name).rglob("*")])
-        if os.path.isfile(path)
-    ]
-    content = json.dumps([_VERSION, settings.model_dump(), files, list(tokenizer_texts)])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, empty when there is none that can be read."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

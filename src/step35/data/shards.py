@@ -1,7 +1,8 @@
 """Token shards: flat files of token ids, memory-mapped, with an index that is written last.
 
 A folder holds `shard_00000.bin` (uint16, or uint32 when the vocabulary needs it), `shard_00000.documents.npy`
-(int64 start of each document within the shard) and `index.json`. Readers need the index, and it appears by
+(int64 start of each document within the shard), `shard_00000.meta.npy` (int32, how many of a document's first
+tokens are its metadata) and `index.json`. Readers need the index, and it appears by
 rename after everything else, so a write that was interrupted never looks complete.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +37,7 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._documents: list[np.ndarray[Any, Any]] = []
+        self._meta_tokens: list[int] = []
         self._buffered_tokens = 0
         self._shards: list[dict[str, Any]] = []
         self._tokens_by_source: Counter[str] = Counter()
@@ -49,8 +53,10 @@ class ShardWriter:
         else:
             self.discard()
 
-    def add(self, ids: Sequence[int] | np.ndarray[Any, Any], source: str) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray[Any, Any], source: str, *, meta_tokens: int = 0) -> None:
         """Append one document; `source` labels it in the index's token counts. An empty one is ignored.
+
+        The first `meta_tokens` of its tokens are metadata, which a loader may keep from the loss.
 
         Raises `DataError` for ids outside the vocabulary, `DiskFullError` when a shard does not fit.
         """
@@ -65,6 +71,7 @@ class ShardWriter:
         if self._buffered_tokens and self._buffered_tokens + tokens.size > self._shard_tokens:
             self._write_shard()
         self._documents.append(tokens.astype(self._dtype))
+        self._meta_tokens.append(meta_tokens)
         self._buffered_tokens += tokens.size
         self._tokens_by_source[source] += tokens.size
 
@@ -78,6 +85,7 @@ class ShardWriter:
             "vocab_size": self._vocab_size,
             "total_tokens": sum(shard["tokens"] for shard in self._shards),
             "tokens_by_source": dict(sorted(self._tokens_by_source.items())),
+            "meta_tokens": True,
             "shards": self._shards,
         }
         with self._removed_on_failure():
@@ -93,10 +101,12 @@ class ShardWriter:
         tokens = np.concatenate(self._documents)
         lengths = [document.size for document in self._documents]
         starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+        meta_tokens = np.array(self._meta_tokens, dtype=np.int32)
         name = f"shard_{len(self._shards):05d}"
         with self._removed_on_failure():
             _write(self._folder / f"{name}.bin", lambda file: file.write(tokens.data))
             _write(self._folder / f"{name}.documents.npy", lambda file: np.save(file, starts))
+            _write(self._folder / f"{name}.meta.npy", lambda file: np.save(file, meta_tokens))
         self._shards.append(
             {
                 "name": name,
@@ -106,6 +116,7 @@ class ShardWriter:
             }
         )
         self._documents.clear()
+        self._meta_tokens.clear()
         self._buffered_tokens = 0
 
     @contextmanager
@@ -130,21 +141,36 @@ class TokenShards:
         self._dtype = np.dtype(index["dtype"])
         self._shards: list[dict[str, Any]] = index["shards"]
         self._maps = [self._map(shard) for shard in self._shards]
-        self._borders = np.cumsum([0, *(shard["tokens"] for shard in self._shards)], dtype=np.int64)
-        self.total_tokens = int(self._borders[-1])
+        self._borders: list[int] = [0, *accumulate(shard["tokens"] for shard in self._shards)]
+        self.total_tokens = self._borders[-1]
         if self.total_tokens != index["total_tokens"]:
             raise DataError(_damaged(folder, f"shards hold {self.total_tokens} of {index['total_tokens']} tokens"))
-        self.document_starts = self._read_document_starts()
+        starts = [local + border for local, border in zip(self._read("documents"), self._borders[:-1], strict=True)]
+        self.document_starts = np.concatenate([np.empty(0, dtype=np.int64), *starts])
         """Position of each document's first token in the whole stream, ascending, int64."""
+        self.meta_tokens: np.ndarray[Any, Any] | None = None
+        """Tokens of metadata at the start of each document, int32; None in shards written before they were counted."""
+        if index.get("meta_tokens"):
+            self.meta_tokens = np.concatenate([np.empty(0, dtype=np.int32), *self._read("meta")])
+
+    @property
+    def document_lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each document."""
+        return np.diff(self.document_starts, append=self.total_tokens)
+
+    def documents(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the tokens of each document in order."""
+        for start, length in zip(self.document_starts.tolist(), self.document_lengths.tolist(), strict=True):
+            yield self.slice(start, length)
 
     def slice(self, start: int, length: int) -> np.ndarray[Any, Any]:
         """Return tokens start .. start+length-1 of the stream; raises IndexError outside it."""
         if start < 0 or length < 0 or start + length > self.total_tokens:
             raise IndexError(f"tokens {start}..{start + length - 1} are not in 0..{self.total_tokens - 1}")
         parts = []
-        shard = int(np.searchsorted(self._borders, start, side="right")) - 1
+        shard = bisect_right(self._borders, start) - 1
         while length > 0:
-            offset = start - int(self._borders[shard])
+            offset = start - self._borders[shard]
             part = self._maps[shard][offset : offset + length]
             parts.append(part)
             start, length, shard = start + part.size, length - part.size, shard + 1
@@ -162,22 +188,23 @@ class TokenShards:
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise DataError(_damaged(self.folder, f"{path.name} has {size} bytes instead of {expected}"))
-        return np.memmap(path, dtype=self._dtype, mode="r")
+        return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))  # slices of np.memmap cost microseconds more
 
-    def _read_document_starts(self) -> np.ndarray[Any, Any]:
-        starts = []
-        for shard, border in zip(self._shards, self._borders[:-1], strict=True):
-            path = self.folder / f"{shard['name']}.documents.npy"
+    def _read(self, what: str) -> list[np.ndarray[Any, Any]]:
+        """Return the array of one number a document, `what`, of each shard."""
+        found = []
+        for shard in self._shards:
+            path = self.folder / f"{shard['name']}.{what}.npy"
             try:
-                local = np.load(path, allow_pickle=False)
+                numbers = np.load(path, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(_damaged(self.folder, f"{path.name} cannot be read ({error})")) from None
-            if local.size != shard["documents"]:
+            if numbers.size != shard["documents"]:
                 raise DataError(
-                    _damaged(self.folder, f"{path.name} has {local.size} documents, not {shard['documents']}")
+                    _damaged(self.folder, f"{path.name} has {numbers.size} documents, not {shard['documents']}")
                 )
-            starts.append(local + border)
-        return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+            found.append(numbers)
+        return found
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:

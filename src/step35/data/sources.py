@@ -78,9 +78,12 @@ class SourceReport:
 
 
 @dataclass(frozen=True)
-class _SourceFile:
+class SourceFile:
+    """A Python file of this machine."""
+
     path: Path
     source: str
+    """Relative name, as in `Document`."""
     domain: str
 
 
@@ -107,10 +110,18 @@ def collect(
     most_chars = min(_MOST_FILE_CHARS, max(4_000, rest // 50))
     stdlib = iter(_interleave([_stdlib_files(report)], rng))
     packages = iter(_interleave(_package_files(report), rng))
-    collection.take_until(start + int(rest * STDLIB_SHARE), _code(stdlib, most_chars, report))
-    collection.take_until(start + int(rest * (STDLIB_SHARE + PACKAGES_SHARE)), _code(packages, most_chars, report))
-    collection.take_until(start + rest, _docstrings(chain(stdlib, packages), most_chars, report))
+    collection.take_until(start + int(rest * STDLIB_SHARE), code_documents(stdlib, most_chars, report=report))
+    collection.take_until(
+        start + int(rest * (STDLIB_SHARE + PACKAGES_SHARE)), code_documents(packages, most_chars, report=report)
+    )
+    collection.take_until(start + rest, docstring_documents(chain(stdlib, packages), most_chars, report=report))
     return collection.documents, report
+
+
+def python_files(rng: random.Random, report: SourceReport) -> list[SourceFile]:
+    """Return the files of the standard library and of packages in turn, shuffled, packages taking turns too."""
+    both = zip_longest(_interleave([_stdlib_files(report)], rng), _interleave(_package_files(report), rng))
+    return [file for pair in both for file in pair if file]
 
 
 class _Collection:
@@ -136,7 +147,7 @@ class _Collection:
             self._on_progress(self.characters)
 
 
-def _interleave(groups: list[list[_SourceFile]], rng: random.Random) -> list[_SourceFile]:
+def _interleave(groups: list[list[SourceFile]], rng: random.Random) -> list[SourceFile]:
     """Shuffle within and among groups, then take turns, so that no large package fills the corpus."""
     for group in groups:
         rng.shuffle(group)
@@ -144,14 +155,14 @@ def _interleave(groups: list[list[_SourceFile]], rng: random.Random) -> list[_So
     return [file for turn in zip_longest(*groups) for file in turn if file]
 
 
-def _stdlib_files(report: SourceReport) -> list[_SourceFile]:
+def _stdlib_files(report: SourceReport) -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (
         PurePath(path.relative_to(root)).as_posix()
         for path in _walk(root, report, _SKIPPED_FOLDERS)
         if path.suffix == ".py"
     )
-    return [_SourceFile(root / name, f"stdlib/{name}", "standard library") for name in sorted(names)]
+    return [SourceFile(root / name, f"stdlib/{name}", "standard library") for name in sorted(names)]
 
 
 def _walk(root: Path, report: SourceReport, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -163,7 +174,7 @@ def _walk(root: Path, report: SourceReport, left_out: frozenset[str] = frozenset
         yield from (Path(folder, name) for name in sorted(files))
 
 
-def _package_files(report: SourceReport) -> list[list[_SourceFile]]:
+def _package_files(report: SourceReport) -> list[list[SourceFile]]:
     """Return the Python files of each permissively licensed distribution except step35's own."""
     distributions = {
         name.lower(): distribution
@@ -181,18 +192,24 @@ def _package_files(report: SourceReport) -> list[list[_SourceFile]]:
             if file.suffix == ".py" and not (_SKIPPED_FOLDERS | {".."}) & set(file.parts)
         )
         domain = f"python package {name}"
-        packages.append([_SourceFile(Path(str(distribution.locate_file(file))), file, domain) for file in files])
+        packages.append([SourceFile(Path(str(distribution.locate_file(file))), file, domain) for file in files])
     return packages
 
 
-def _code(files: Iterable[_SourceFile], most_chars: int, report: SourceReport) -> Iterator[Document]:
+def code_documents(
+    files: Iterable[SourceFile], most_chars: int = _MOST_FILE_CHARS, *, report: SourceReport
+) -> Iterator[Document]:
+    """Yield Python files as they are, but no generated ones, tables or files longer than `most_chars`."""
     for file in files:
         text = _read(file.path, file.source, report)
         if text and not _filtered(text, most_chars, report):
             yield Document(text, "code", "python", file.domain, file.source)
 
 
-def _docstrings(files: Iterable[_SourceFile], most_chars: int, report: SourceReport) -> Iterator[Document]:
+def docstring_documents(
+    files: Iterable[SourceFile], most_chars: int = _MOST_FILE_CHARS, *, report: SourceReport
+) -> Iterator[Document]:
+    """Yield the docstrings of Python files, one document a file, of at most `most_chars` characters."""
     for file in files:
         code = _read(file.path, file.source, report)
         if not code or _filtered(code, _MOST_FILE_CHARS, report):

@@ -42,13 +42,13 @@ class Tensors(Mapping[str, Tensor]):
         out.copy_(self[name])
 
 
-class ModelTensors(Tensors):
-    """The tensors of a model in memory."""
+class StateTensors(Tensors):
+    """The tensors of a model's state dictionary, found in `place`."""
 
-    def __init__(self, model: Step35) -> None:
-        self.place = "the model"
-        self._state = model.state_dict()
-        self._parts = {part.released: (name, part) for name, part in released_parts(model.config)}
+    def __init__(self, state: Mapping[str, Tensor], config: ModelConfig, place: str) -> None:
+        self.place = place
+        self._state = state
+        self._parts = {part.released: (name, part) for name, part in released_parts(config) if name in state}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -62,6 +62,13 @@ class ModelTensors(Tensors):
     def __getitem__(self, name: str) -> Tensor:
         ours, part = self._parts[name]
         return self._state[ours].detach().narrow(part.dim, part.start, part.length)
+
+
+class ModelTensors(StateTensors):
+    """The tensors of a model in memory."""
+
+    def __init__(self, model: Step35) -> None:
+        super().__init__(model.state_dict(), model.config, "the model")
 
 
 class Watched(Tensors):

@@ -21,17 +21,22 @@ from step35.model.fp8 import SCALE_SUFFIX, is_quantised, quantisation_config, qu
 from step35.model.gguf import GGUFTensors
 from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.step35 import Step35
-from step35.model.tensors import ModelTensors, Tensors, check, fill
+from step35.model.tensors import ModelTensors, StateTensors, Tensors, check, fill
 from step35.runtime.disk import disk_errors, publish
+from step35.runtime.manifest import MANIFEST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of a model in memory."""
+ARCHITECTURE = "architecture"
+"""Folder of a training run with the config and the tokenizer of its checkpoints, which hold neither."""
 FORMATS = (*DTYPES, "float8")
 """What a checkpoint may be written in; "float8" is the block-quantised FP8 format of `model/fp8.py`."""
 
 
 def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu", mtp: int | None = None) -> Step35:
     """Load a checkpoint folder in the released layout, or a .gguf file; router weights and biases stay fp32.
+
+    A training run (its newest checkpoint) or a checkpoint of it, `checkpoints/step_N`, will do, too.
 
     `mtp` loads only the first so many MTP modules (0: the trunk and its head); None loads all that the config names.
     Raises `CheckpointError` for a folder that is no checkpoint, and for missing, unexpected, misshapen or truncated
@@ -50,11 +55,18 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu",
 def open_checkpoint(path: str | Path, *, mtp: int | None = None) -> tuple[ModelConfig, Tensors]:
     """Return config and tensors of a checkpoint folder or a .gguf file, checked against each other, nothing read yet.
 
-    Arguments and errors are those of `load_model`.
+    Arguments, sources and errors are those of `load_model`. The weights of a training checkpoint are read at once,
+    since a live run may delete it any time.
     """
     path = Path(path)
     source: Tensors
-    if path.suffix == ".gguf":
+    if step := training_checkpoint(path):
+        from step35.runtime.checkpoint import load_tensors  # half as long to import as torch, and rarely wanted
+
+        whole = ModelConfig.read(architecture(step))
+        state = load_tensors(step, "model/") or load_tensors(step, "actor/model/")
+        source = StateTensors(state, whole, str(step))
+    elif path.suffix == ".gguf":
         source = GGUFTensors(path)
         whole = source.config()
     else:
@@ -63,6 +75,31 @@ def open_checkpoint(path: str | Path, *, mtp: int | None = None) -> tuple[ModelC
     config = whole if mtp is None else _first_modules(whole, mtp, path)
     check(source, config, also=frozenset(part.released for _, part in released_parts(whole)))
     return config, source
+
+
+def training_checkpoint(path: Path) -> Path | None:
+    """Return `path` if it is `checkpoints/step_N`, the newest one if it is a training run, None if it is neither.
+
+    Raises `CheckpointError` for a run that has not saved yet.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if not (path / ARCHITECTURE).is_dir():
+        return None
+    from step35.runtime.checkpoint import latest
+
+    newest = latest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{path} is a run that has saved no checkpoint yet; wait for its first one.")
+    return newest
+
+
+def architecture(step: Path) -> Path:
+    """Return the folder of config and tokenizer that `checkpoints/step_N` belongs to. Raises `CheckpointError`."""
+    folder = step.resolve().parents[1] / ARCHITECTURE
+    if not folder.is_dir():
+        raise CheckpointError(f"{step} is a training checkpoint without its run: {folder} is missing; copy it there.")
+    return folder
 
 
 def save_model(model: Step35, path: str | Path, *, dtype: str = "float32", shard_bytes: int = 4 * 2**30) -> None:

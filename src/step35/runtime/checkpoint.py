@@ -1,138 +1,181 @@
-"""Checkpoints published by rename: `step_N` either is complete or does not exist.
+"""Checkpoints published by rename: `step_N` either is whole or does not exist, and damage done later is found.
 
-A state is a dictionary of tensors, numbers, strings, lists and dictionaries, so that loading runs no pickled
-code. Sharded checkpoints of a cluster are not here.
+`step_N/` holds the tensors (`runtime/dcp.py`), `state.json` with all other values (`runtime/state.py`) and
+`manifest.json` with a checksum of every file (`runtime/manifest.py`). `runtime/saver.py` writes them in the background.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from step35.errors import CheckpointError
-from step35.runtime.disk import disk_errors, sync_directory
+from step35.errors import CheckpointError, DiskFullError
+from step35.runtime.dcp import read_tensors, write_tensors
+from step35.runtime.disk import disk_errors, free_bytes, sync_directory, write_text
+from step35.runtime.manifest import MANIFEST, verify, write_manifest
+from step35.runtime.state import put_together, take_apart
 
-STATE = "state.pt"
-PLAIN = (bool, int, float, str, type(None))
+STATE = "state.json"
+FORMAT = "step35 checkpoint 1"
+BAD = ".bad"
+MARGIN_BYTES = 2**20
 
 
 class Restored(NamedTuple):
-    """A loaded checkpoint, and why newer ones were passed over."""
+    """A loaded checkpoint, and the newer ones that were passed over, each with the reason."""
 
     path: Path
     state: dict[str, Any]
-    skipped: list[str]
+    skipped: dict[Path, str]
 
 
-def save(root: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `root/step_N` and keep only the newest `keep` checkpoints; return its path.
+def save(root: Path, step: int, state: dict[str, Any], *, keep: int = 2, keep_every: int | None = None) -> Path:
+    """Write `root/step_N` and return its path; older ones leave as `keep` and `keep_every` say.
 
     Raises `DiskFullError`, in which case the earlier checkpoints are as they were, and `TypeError` for
-    a value that `load` would refuse.
+    a value that a checkpoint does not hold.
     """
-    _check_plain(state, "state")
+    plain, tensors = take_apart(state)
+    return write(root, step, plain, tensors, keep=keep, keep_every=keep_every)
+
+
+def write(
+    root: Path, step: int, plain: Any, tensors: dict[str, Tensor], *, keep: int = 2, keep_every: int | None = None
+) -> Path:
+    """Write a state that has been taken apart; see `save`."""
     target = root / f"step_{step}"
-    draft = root / f"{target.name}.tmp-{os.getpid()}"
+    draft = root / f"{target.name}.tmp"
     with disk_errors(target):
         _remove_drafts(root)  # first, since a draft of a killed run may be what fills the disk
+        _check_space(target, sum(tensor.nbytes for tensor in tensors.values()))
         try:
             draft.mkdir(parents=True)
-            _write(draft / STATE, state)
+            write_tensors(draft, tensors)
+            write_text(draft / STATE, json.dumps(plain))
+            write_manifest(draft, format=FORMAT, step=step, torch=torch.__version__)
+            sync_directory(draft)
             _publish(draft, target)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    for old in _complete(root)[max(keep, 1) :]:
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    _retire(root, target, keep, keep_every)
     return target
 
 
 def latest(root: Path) -> Path | None:
-    """Return the newest complete checkpoint under `root`, or None."""
-    return next(iter(_complete(root)), None)
+    """Return the newest checkpoint under `root`, not yet verified, or None."""
+    return next(iter(_published(root)), None)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the state saved at `path`, on the CPU, mapped from the file. Raises `CheckpointError`."""
-    file = path / STATE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} is not a checkpoint: {file} is missing; give a folder such as checkpoints/step_100."
-        )
+    """Return the verified state saved at `path`, on the CPU. Raises `CheckpointError`."""
+    _verify(path)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a different class for each way in which a file can be damaged
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{file} cannot be read ({reason}); delete {path} to resume from the one before."
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, not a dictionary; it was not written by step35.")
-    return state
+        state = put_together(json.loads((path / STATE).read_text(encoding="utf-8")), read_tensors(path))
+    except Exception as error:  # whatever a library raises for what this version did not write
+        raise _unreadable(path, error) from error
+    return state  # type: ignore[no-any-return]
 
 
-def latest_state(root: Path) -> Restored | None:
-    """Load the newest readable checkpoint; None if there is none at all.
+def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the verified tensors whose names begin with `prefix`, without it; such as "model/". See `load`."""
+    _verify(path)
+    try:
+        return read_tensors(path, prefix)
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
-    Raises `CheckpointError` if there are some but none can be read: starting anew in silence would lose it.
+
+def latest_state(root: Path, *, before: int | None = None) -> Restored | None:
+    """Load the newest checkpoint that is whole, of a step below `before` if given; None if there is none at all.
+
+    Raises `CheckpointError` if there are some but none can be read: starting anew in silence would lose them.
     """
-    skipped: list[str] = []
-    for path in _complete(root):
+    skipped: dict[Path, str] = {}
+    for path in _published(root):
+        if before is not None and _step(path) >= before:
+            continue
         try:
             return Restored(path, load(path), skipped)
         except CheckpointError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
     if skipped:
-        raise CheckpointError(f"No checkpoint under {root} can be read:\n" + "\n".join(skipped))
+        raise CheckpointError(f"No checkpoint under {root} can be read:\n" + "\n".join(skipped.values()))
     return None
 
 
-def _complete(root: Path) -> list[Path]:
+def discard(path: Path) -> None:
+    """Take a checkpoint out of the running: it becomes `step_N.bad` and is never chosen again.
+
+    The last one discarded stays to be looked at; earlier ones are deleted.
+    """
+    for old in path.parent.glob(f"step_*{BAD}"):
+        shutil.rmtree(old, ignore_errors=True)
+    path.rename(path.with_name(path.name + BAD))
+    sync_directory(path.parent)
+
+
+def _published(root: Path) -> list[Path]:
     """Return the published checkpoints, newest first."""
-    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
 
 
-def _write(file: Path, state: dict[str, Any]) -> None:
-    with open(file, "wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    sync_directory(file.parent)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _verify(path: Path) -> None:
+    if (path / "state.pt").is_file():
+        raise CheckpointError(
+            f"{path} was written by an older version (state.pt), which this one does not read; "
+            "finish the run with that version, or start a run of its own (another --out)."
+        )
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is not a checkpoint: {path / MANIFEST} is missing; give a folder such as checkpoints/step_100."
+        )
+    found = verify(path).get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has the format {found!r}; this version reads {FORMAT!r}.")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0][:200] if str(error) else ""
+    return CheckpointError(f"{path} is undamaged, but cannot be read ({type(error).__name__}: {reason}).")
+
+
+def _check_space(target: Path, size: int) -> None:
+    # Before the first byte: a disk that a checkpoint fills to the brim fails the run's logs as well.
+    needed, free = size + size // 100 + MARGIN_BYTES, free_bytes(target)
+    if free < needed:
+        raise DiskFullError(
+            f"No space left to write {target}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. "
+            "Earlier checkpoints are intact: free some space and run the same command again."
+        )
 
 
 def _publish(draft: Path, target: Path) -> None:
     if target.exists():  # a replayed step; a folder cannot be renamed over one with content
-        target.rename(draft.with_name(f"{target.name}.tmp-old-{os.getpid()}"))
+        target.rename(target.with_name(f"{target.name}.tmp-old"))
     draft.rename(target)
     sync_directory(target.parent)
     _remove_drafts(target.parent)
 
 
 def _remove_drafts(root: Path) -> None:
-    for draft in root.glob("step_*.tmp-*"):
+    for draft in root.glob("step_*.tmp*"):
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _check_plain(value: Any, where: str) -> None:
-    # Exact types: a numpy float is a float to isinstance, but its pickle is code that `load` refuses.
-    if isinstance(value, torch.Tensor) or type(value) in PLAIN:
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, inner in value.items():
-            _check_plain(key, f"{where} key {key!r}")
-            _check_plain(inner, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, inner in enumerate(value):
-            _check_plain(inner, f"{where}[{index}]")
-    else:
-        raise TypeError(
-            f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, text, lists, dicts."
-        )
+def _retire(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:
+    """Delete what the policy does not keep: neither among the newest `keep` nor at a multiple of `keep_every`."""
+    for old in _published(root)[keep:]:
+        if old != newest and not (keep_every and _step(old) % keep_every == 0):
+            shutil.rmtree(old, ignore_errors=True)

@@ -39,8 +39,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     # torch.save hides the OSError behind a RuntimeError of its zip writer, so the whole chain is searched.
+    # EFBIG is a limit set on the process (ulimit -f).
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -61,6 +62,13 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush what was written to `path` so far to the disk; a file that does not exist needs none."""
+    if path.exists():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def fingerprint(path: Path) -> str:

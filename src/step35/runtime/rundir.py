@@ -66,7 +66,10 @@ class RunDir:
         return self.write_json("env.json", environment())
 
     def check_config(self, config: dict[str, Any]) -> None:
-        """Raise `ConfigError` if the folder holds a run with other settings than `config`."""
+        """Raise `ConfigError` if the folder holds a run with other settings than `config`.
+
+        Settings below `checkpoints` are left out: how a run is saved changes nothing that it computes.
+        """
         path = self.path / "config.json"
         if not path.exists():
             return
@@ -78,7 +81,7 @@ class RunDir:
         lines = [
             f"  {key}: {old.get(key, ABSENT)!r} in the folder, {new.get(key, ABSENT)!r} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, ABSENT) != new.get(key, ABSENT)
+            if old.get(key, ABSENT) != new.get(key, ABSENT) and "checkpoints" not in key.split(".")
         ]
         if lines:
             raise ConfigError(

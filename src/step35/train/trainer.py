@@ -5,27 +5,19 @@ Everything random is a function of (seed, step), so a run resumed from a checkpo
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from step35.config.train import TrainConfig
-from step35.data.packing import Batch
+from step35.data.loader import Loader
 from step35.model.step35 import Step35
 from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
+from step35.runtime.saver import Saver
+from step35.runtime.signals import interruptible
 from step35.train.step import Learner
-
-
-class Loader(Protocol):
-    """Rows as a pure function of their numbers."""
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return rows `first` to `first + count - 1`."""
-        ...
 
 
 def train(
@@ -41,16 +33,21 @@ def train(
 ) -> Step35:
     """Train `model` in place to `config.steps`, resuming from the run's newest checkpoint.
 
-    Without one it starts from `start`, the final state of an earlier stage, or from the model as it is. Ctrl-C saves
-    the state before `KeyboardInterrupt` goes on its way.
+    Without one it starts from `start`, the final state of an earlier stage, or from the model as it is. Ctrl-C
+    and SIGTERM save the state before `KeyboardInterrupt` or `Terminated` goes on its way.
     """
     learner = Learner(model, config)
     restored = resume(learner, run, console)
     if start and not restored:
         learner.load_state_dict(start)
     first, row = restored.get("step", 0), restored.get("row", 0)
-    with console.stage(name, config.steps, "step", done=first) as stage, interruptible() as interrupted:
+    with (
+        console.stage(name, config.steps, "step", done=first) as stage,
+        interruptible() as interrupted,
+        Saver(run, config.checkpoints, console) as saver,
+    ):
         for step in range(first, config.steps):
+            saver.check()
             started = time.perf_counter()
             rows = config.rows_at(step)
             metrics = learner.update(loader.rows(row, rows), step)
@@ -61,48 +58,29 @@ def train(
             if done % config.monitor_every == 0 or done == config.steps:
                 metrics.update(learner.panels())
             run.metrics.log(done, tokens=config.tokens_until(done), tokens_per_s=rate, **metrics)
-            if done % config.checkpoint_every == 0 or done == config.steps or interrupted():
-                checkpoint.save(run.checkpoints, done, {"step": done, "row": row, **learner.state_dict()})
-            if interrupted():
-                run.events.event("interrupted", step=done)
-                raise KeyboardInterrupt
+            stopping = interrupted()  # asked once: a signal between two looks would leave without saving
+            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+                saver.save(done, {"step": done, "row": row, **learner.state_dict()})
+            if stopping:
+                saver.wait()
+                interrupted.leave(run, done)
             stage.advance(1, f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s")
     return model
 
 
 def resume(learner: Any, run: RunDir, console: Console) -> dict[str, Any]:
-    """Load the newest readable checkpoint into `learner`; return its state, empty when the run starts anew."""
+    """Load the newest readable checkpoint into `learner`; return its state, empty when the run starts anew.
+
+    Damaged ones that are newer are discarded, so that nothing else takes them for the newest.
+    """
     restored = checkpoint.latest_state(run.checkpoints)
     if restored:
-        for reason in restored.skipped:
-            console.warn(reason)
+        for path, reason in restored.skipped.items():
+            console.warn(f"{reason} Going back to {restored.path.name}.")
             run.events.event("checkpoint_skipped", reason=reason)
+            checkpoint.discard(path)
         learner.load_state_dict(restored.state)
         run.events.event("resumed", step=restored.state["step"])
     state = restored.state if restored else {}
     run.metrics.truncate_after(state.get("step", 0))
     return state
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C until the step is done; the yielded function says whether it came.
-
-    A second Ctrl-C interrupts at once. Outside the main thread signals cannot be handled and stay as they are.
-    """
-    came = False
-
-    def hold(signum: int, frame: Any) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = signal.signal(signal.SIGINT, hold)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -18,12 +18,13 @@ from step35.errors import DataError
 from step35.model.step35 import Step35
 from step35.post.rl.batch import TrajectoryBatch
 from step35.post.rl.learner import RLLearner
-from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.disk import write_text
 from step35.runtime.rundir import RunDir
+from step35.runtime.saver import Saver
 from step35.runtime.seeding import derive
-from step35.train.trainer import interruptible, resume
+from step35.runtime.signals import interruptible
+from step35.train.trainer import resume
 
 
 def reinforce(
@@ -41,8 +42,13 @@ def reinforce(
     learner = RLLearner(actor, config)
     first = resume(learner, run, console).get("step", 0)
     sampler.update_weights(actor.state_dict(), first)
-    with console.stage(name, config.steps, "round", done=first) as stage, interruptible() as interrupted:
+    with (
+        console.stage(name, config.steps, "round", done=first) as stage,
+        interruptible() as interrupted,
+        Saver(run, config.checkpoints, console) as saver,
+    ):
         for step in range(first, config.steps):
+            saver.check()
             trajectories = roll_out(sampler, environment, tokenizer, config, step)
             _save_rollouts(run.rollouts / f"step_{step}.jsonl", trajectories)
             judged = [t for t in trajectories if t.reward is not None]
@@ -55,11 +61,12 @@ def reinforce(
             sampler.update_weights(actor.state_dict(), done)
             summary = summarise(trajectories)
             run.metrics.log(done, **summary, **metrics)
-            if done % config.checkpoint_every == 0 or done == config.steps or interrupted():
-                checkpoint.save(run.checkpoints, done, {"step": done, **learner.state_dict()})
-            if interrupted():
-                run.events.event("interrupted", step=done)
-                raise KeyboardInterrupt
+            stopping = interrupted()
+            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+                saver.save(done, {"step": done, **learner.state_dict()})
+            if stopping:
+                saver.wait()
+                interrupted.leave(run, done)
             stage.advance(1, f"reward {summary['reward']:.3f}  entropy {metrics['entropy']:.3f}")
     return actor
 

@@ -1,0 +1,70 @@
+"""Corpora that every machine has, by name: what `builtin = "..."` of a named source means.
+
+Each is a function of the seed that yields documents, without end or until the machine has no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from step35.config.base import suggest
+from step35.data import needle
+from step35.data.dedup import Deduplicator
+from step35.data.mixture import arithmetic_documents
+from step35.data.sources import Document, SourceFile, SourceReport, code_documents, docstring_documents, python_files
+from step35.errors import ConfigError
+
+
+def code(seed: int) -> Iterator[Document]:
+    """Yield Python files of the standard library and of installed, permissively licensed packages."""
+    files = (file for file in _shuffled(seed) if not _for_documentation(file))
+    return _without_copies(code_documents(files, report=SourceReport()))
+
+
+def documentation(seed: int) -> Iterator[Document]:
+    """Yield the docstrings of files that `code` leaves out, so that neither repeats the other."""
+    files = (file for file in _shuffled(seed) if _for_documentation(file))
+    return _without_copies(docstring_documents(files, report=SourceReport()))
+
+
+def _written(write: Callable[..., str], kind: str, domain: str) -> Callable[[int], Iterator[Document]]:
+    """Return the endless corpus of `write(index, seed=seed)`."""
+
+    def documents(seed: int) -> Iterator[Document]:
+        texts = (write(index, seed=seed) for index in count())
+        return (Document(text, kind, "english", domain, "procedural") for text in texts)
+
+    return documents
+
+
+BUILTIN: dict[str, Callable[[int], Iterator[Document]]] = {
+    "code": code,
+    "documentation": documentation,
+    "arithmetic": arithmetic_documents,
+    "needle": _written(needle.document, "recall", "facts"),
+}
+"""Name -> documents for a seed."""
+
+
+def builtin_documents(name: str, seed: int) -> Iterator[Document]:
+    """Return the documents of the built-in corpus `name`; raises `ConfigError` when there is none."""
+    if name not in BUILTIN:
+        raise ConfigError(f"no corpus is called builtin={name!r}.{suggest(name, BUILTIN)} Choose from {list(BUILTIN)}.")
+    return BUILTIN[name](seed)
+
+
+def _shuffled(seed: int) -> list[SourceFile]:
+    return python_files(random.Random(seed), SourceReport())
+
+
+def _for_documentation(file: SourceFile) -> bool:
+    """Say whether a file gives its docstrings and not its code: a third of them, fixed by a hash of the name."""
+    return hashlib.blake2b(file.source.encode(errors="replace"), digest_size=8).digest()[0] % 3 == 0
+
+
+def _without_copies(documents: Iterator[Document]) -> Iterator[Document]:
+    deduplicator = Deduplicator()
+    return (document for document in documents if not deduplicator.repeats(document.text))

@@ -1,0 +1,86 @@
+"""Lines of plain and compressed files, as streams, and the account of those that cannot be used."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from step35.errors import DataError
+
+_QUOTES = 10
+
+
+@dataclass
+class BadLines:
+    """What could not be read, counted; the first few are quoted."""
+
+    limit: int
+    """More bad lines than this are an error."""
+    count: int = 0
+    quotes: list[str] = field(default_factory=list)
+    """ "file:line: reason: content"."""
+    left_out: int = 0
+    """Files in given folders whose suffix no reader knows."""
+
+    def add(self, path: Path, line: int, reason: str, content: str | bytes = "") -> None:
+        """Count a line; raises `DataError` when it is one too many."""
+        self.count += 1
+        if self.count <= _QUOTES:
+            text = content[:80].decode(errors="replace") if isinstance(content, bytes) else content[:80]
+            self.quotes.append(f"{path}:{line}: {reason}: {text.strip()}")
+        if self.count > self.limit:
+            raise DataError(
+                f"more than max_bad_lines={self.limit} lines cannot be used; repair them, or raise the limit. "
+                "The first:\n  " + "\n  ".join(self.quotes)
+            )
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a plain or compressed file; raises `DataError` when it is damaged."""
+    lines = size = 0
+    opener = COMPRESSED.get(path.suffix, partial(open, mode="rb"))
+    try:
+        with opener(path) as stream:
+            for line in stream:
+                lines, size = lines + 1, size + len(line)
+                yield line
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        raise DataError(
+            f"{path} can be read up to line {lines} ({size:,} bytes of text) and no further: {error}. "
+            "Copy it again from its source, or leave it out."
+        ) from None
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    try:
+        stream: BinaryIO = zstd().open(path, "rb")
+    except ImportError:
+        raise DataError(f"{path} needs the backports.zstd package: pip install 'step35[data]'.") from None
+    return stream
+
+
+def zstd() -> Any:
+    """Return the zstd module: the standard library's from Python 3.14 on, its backport before."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd as module
+    else:
+        from backports import zstd as module
+    return module
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        error: type[Exception] = zstd().ZstdError
+    except ImportError:
+        return EOFError  # which is caught anyway
+    return error
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zstd}
+"""Suffix -> how to open the file behind it."""

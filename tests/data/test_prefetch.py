@@ -1,0 +1,65 @@
+"""Prefetch: the same batches, prepared ahead, whatever is asked for and whatever fails."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from step35.data.packing import Batch
+from step35.data.prefetch import Prefetch
+
+
+class Counting:
+    """Rows that hold their own number; remembers who asked for what."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.threads: set[int] = set()
+        self.done = threading.Semaphore(0)
+
+    def rows(self, first: int, count: int) -> Batch:
+        self.asked.append((first, count))
+        self.threads.add(threading.get_ident())
+        self.done.release()
+        if first == 13:
+            raise OSError("row 13 is damaged")
+        tokens = np.arange(first, first + count)[:, None]
+        return Batch(tokens, np.zeros_like(tokens), np.zeros_like(tokens, dtype=bool))
+
+
+@settings(deadline=None)
+@given(requests=st.lists(st.tuples(st.integers(14, 30), st.integers(1, 4)), max_size=12))
+def test_any_requests_give_what_the_loader_gives(requests: list[tuple[int, int]]) -> None:
+    prefetch = Prefetch(Counting())
+    for first, count in requests:
+        assert prefetch.rows(first, count).tokens[:, 0].tolist() == list(range(first, first + count))
+
+
+def test_the_next_batch_is_prepared_by_another_thread_and_only_once() -> None:
+    loader = Counting()
+    prefetch = Prefetch(loader)
+    prefetch.rows(0, 3)
+    for _ in range(2):
+        assert loader.done.acquire(timeout=10)
+    assert loader.asked == [(0, 3), (3, 3)]
+    prefetch.rows(3, 3)
+    assert loader.done.acquire(timeout=10)
+    assert loader.asked == [(0, 3), (3, 3), (6, 3)]
+    assert threading.get_ident() not in loader.threads
+    assert len(loader.threads) == 1
+
+
+def test_an_error_is_raised_by_the_request_it_belongs_to() -> None:
+    prefetch = Prefetch(Counting())
+    assert prefetch.rows(10, 3).tokens.size == 3  # prepares row 13, which fails
+    with pytest.raises(OSError, match="row 13"):
+        prefetch.rows(13, 3)
+    with pytest.raises(OSError, match="row 13"):
+        prefetch.rows(13, 1)
+    assert prefetch.rows(14, 3).tokens.size == 3
+    prefetch.rows(11, 2)
+    assert prefetch.rows(20, 1).tokens.tolist() == [[20]]  # nobody asks for the row that failed
