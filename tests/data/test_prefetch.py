@@ -53,6 +53,13 @@ def test_the_next_batch_is_prepared_by_another_thread_and_only_once() -> None:
     assert len(loader.threads) == 1
 
 
+def test_a_batch_of_another_size_is_computed_anew() -> None:
+    prefetch = Prefetch(Counting())
+    sizes = [2, 2, 4, 1]
+    batches = [prefetch.rows(20 + sum(sizes[:n]), size) for n, size in enumerate(sizes)]
+    assert [batch.tokens[:, 0].tolist() for batch in batches] == [[20, 21], [22, 23], [24, 25, 26, 27], [28]]
+
+
 def test_an_error_is_raised_by_the_request_it_belongs_to() -> None:
     prefetch = Prefetch(Counting())
     assert prefetch.rows(10, 3).tokens.size == 3  # prepares row 13, which fails

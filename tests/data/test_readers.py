@@ -84,6 +84,10 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert len(documents) == 3
     assert all(document.text.endswith("\n") for document in documents)
     assert "".join(document.text for document in documents) == text
+    (tmp_path / "long.txt").write_bytes(text.replace("line 200000\n", "line \udcff\n").encode(errors="surrogateescape"))
+    documents, bad = read(tmp_path / "long.txt", limit=1)
+    assert len(documents) == 2
+    assert "long.txt:200001: not UTF-8: line" in bad.quotes[0]
 
 
 BAD_LINES = {

@@ -84,6 +84,7 @@ def test_a_stream_holds_every_token_once_an_epoch(lengths: list[int], cuts: list
     begun = 0
     for first, end in pairwise(sorted({0, total, 2 * total, *(cut for cut in cuts if cut < 2 * total)})):
         pieces = stream.take(first, end - first)
+        assert (pieces.lengths > 0).all()
         assert pieces.lengths.sum() == end - first
         assert stream.begun(first) == begun
         begun += int((pieces.offsets == 0).sum())

@@ -66,12 +66,12 @@ def show_timeline(recipe: RecipeConfig, args: Args, console: Console) -> None:
         took = f"{stage.tokens / rate / 3600:,.2f}" if rate else "-"
         hours += stage.tokens / rate / 3600 if rate else 0.0
         timeline.append(
-            (stage.name, f"{stage.tokens:,}", f"{config.steps:,}", f"{config.context:,}", _rows(config), _lr(config),
+            (stage.name, _tokens(stage.tokens), f"{config.steps:,}", f"{config.context:,}", _rows(config), _lr(config),
              f"{rate:,.0f}" if rate else "-", took)
         )  # fmt: skip
         changes.append((stage.name, _data(recipe, stage), _theta(stage), _balance(config), _mtp(config)))
     total = sum(stage.tokens for stage in recipe.stages)
-    timeline.append(("in all", f"{total:,}", "", "", "", "", "", f"{hours:,.2f}" if hours else "-"))
+    timeline.append(("in all", _tokens(total), "", "", "", "", "", f"{hours:,.2f}" if hours else "-"))
     columns = ["stage", "tokens", "steps", "context", "rows", "learning rate", "tokens/s", "hours"]
     console.table(f"timeline of {args.recipe}, preset {recipe.preset}", columns, timeline)
     console.table("what each stage changes", ["stage", "data", "theta full", "balance", "MTP"], changes)
@@ -108,6 +108,13 @@ def measured_rate(recipe: RecipeConfig, stage: StageConfig) -> float:
         learner.update(batch, step)
         seconds.append(time.perf_counter() - started)
     return tokens.size / min(seconds)
+
+
+def _tokens(count: int) -> str:
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:.4g}{name}"
+    return f"{count:,}"
 
 
 def _rows(config: TrainConfig) -> str:

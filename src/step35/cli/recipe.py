@@ -39,6 +39,8 @@ from step35.train.trainer import train
 
 CALCULATOR = "calculator"
 """Conversations of this name are synthesised: calculator demonstrations with executed calls."""
+WINDOW_ROWS = 256
+"""Rows of a window of the mixture, unless the stage is shorter: shares are exact by window."""
 MANY_EPOCHS = 4
 """Reading data more often adds little (Muennighoff et al. 2023, arXiv:2305.16264)."""
 ACCEPTANCE_PROMPTS = 24
@@ -53,6 +55,8 @@ def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
     run.write_env()
     first = recipe.training(recipe.stages[0])
     data = stages.prepare_data(run.path / "data", recipe.prepare, console, context=first.context)
+    for stage in recipe.stages:
+        check_sources(recipe, stage, data)  # a wrong name in the last stage is to be said before the first one starts
     former: RunDir | None = None
     rows = []
     for number, stage in enumerate(recipe.stages, start=1):
@@ -143,19 +147,31 @@ def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> Mix
 
 
 def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start: dict[str, int]) -> MixtureLoader:
-    weights, context = recipe.weights(stage), recipe.training(stage).context
-    missing = sorted(weights.keys() - data.sources.keys())
-    if missing:
-        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
-    from_tokens = stage.mask_meta_from_tokens
+    weights, config = recipe.weights(stage), recipe.training(stage)
+    masked: int | None = None
+    if stage.mask_meta_from_tokens is not None:
+        masked = max(0, stage.mask_meta_from_tokens - recipe.tokens_before(stage)) // config.context
     return MixtureLoader(
         {name: data.sources[name] for name in weights},
         weights,
-        context=context,
+        context=config.context,
         seed=recipe.seed,
         start=start,
-        mask_meta_from=None if from_tokens is None else max(0, from_tokens - recipe.tokens_before(stage)) // context,
+        window_rows=min(WINDOW_ROWS, config.tokens_until(config.steps) // config.context),
+        mask_meta_from=masked,
     )
+
+
+def check_sources(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> None:
+    """Raise `ConfigError` for a source that was not prepared, and for a file of conversations that is not there."""
+    missing = sorted(recipe.weights(stage).keys() - data.sources.keys()) if stage.mixture else []
+    if missing:
+        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
+    if stage.conversations not in (None, CALCULATOR) and not Path(str(stage.conversations)).is_file():
+        raise ConfigError(
+            f"stage {stage.name!r}: conversations={stage.conversations!r} is no file; give JSON lines of "
+            f'conversations, or "{CALCULATOR}" for synthesised ones.'
+        )
 
 
 def _conversations(

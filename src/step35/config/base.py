@@ -38,7 +38,7 @@ def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if not path:  # a rule over several keys: its message names them
-        return f"{where}: {problem['msg'].removeprefix('Value error, ')}."
+        return f"{where}: {problem['msg'].removeprefix('Value error, ').removesuffix('.')}."
     if problem["type"] != "extra_forbidden":
         return f"{where}: {key}={problem.get('input')!r}: {problem['msg']}."
     group, path = _resolve(cls, path)

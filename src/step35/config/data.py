@@ -15,7 +15,7 @@ class SourceConfig(Config):
     paths: tuple[str, ...] = ()
     """Files and folders: text and code, .jsonl, each also as .gz or .zst, .parquet, folders of token shards."""
     builtin: str | None = None
-    """A corpus that every machine has, instead of paths: code, documentation, arithmetic or needle."""
+    """A corpus that every machine has, not paths: code, documentation, arithmetic, needle, needle-4k, ..."""
     chars: int | None = Field(default=None, ge=1)
     """Characters to take, from the start; None takes all, a built-in corpus needs a number."""
     text_field: str = "text"

@@ -49,7 +49,7 @@ class TrainConfig(Config):
     batch_rows: int = Field(default=16, ge=1)
     """Rows of one update."""
     micro_rows: int = Field(default=16, ge=1)
-    """Rows of one forward and backward pass; a batch is split into passes of this size."""
+    """Rows of one forward and backward pass, at most; a larger batch is split into passes of this size."""
     batch_ramp: tuple[RampConfig, ...] = ()
     """Smaller batches at the start, in order of `until_tokens` (section 4.2)."""
     context: int = Field(default=256, ge=8)
@@ -98,7 +98,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> TrainConfig:
-        if self.batch_rows % self.micro_rows:
+        if self.batch_rows > self.micro_rows and self.batch_rows % self.micro_rows:
             divisors = [n for n in range(1, self.batch_rows + 1) if self.batch_rows % n == 0]
             raise ValueError(
                 f"batch_rows={self.batch_rows} is not divisible by micro_rows={self.micro_rows}; choose from {divisors}"
@@ -107,7 +107,7 @@ class TrainConfig(Config):
         if ends != sorted(set(ends)):
             raise ValueError(f"batch_ramp: until_tokens must rise from entry to entry, not {ends}")
         for ramp in self.batch_ramp:
-            if ramp.rows % self.micro_rows:
+            if ramp.rows > self.micro_rows and ramp.rows % self.micro_rows:
                 raise ValueError(f"batch_ramp: rows={ramp.rows} is not divisible by micro_rows={self.micro_rows}")
         return self
 

@@ -30,12 +30,12 @@ def documentation(seed: int) -> Iterator[Document]:
     return _without_copies(docstring_documents(files, report=SourceReport()))
 
 
-def _written(write: Callable[..., str], kind: str, domain: str) -> Callable[[int], Iterator[Document]]:
-    """Return the endless corpus of `write(index, seed=seed)`."""
+def _needles(characters: int) -> Callable[[int], Iterator[Document]]:
+    """Return the endless corpus of pass-key texts of about `characters` characters."""
 
     def documents(seed: int) -> Iterator[Document]:
-        texts = (write(index, seed=seed) for index in count())
-        return (Document(text, kind, "english", domain, "procedural") for text in texts)
+        texts = (needle.document(index, seed=seed, characters=characters) for index in count())
+        return (Document(text, "recall", "english", "facts", "procedural") for text in texts)
 
     return documents
 
@@ -44,7 +44,10 @@ BUILTIN: dict[str, Callable[[int], Iterator[Document]]] = {
     "code": code,
     "documentation": documentation,
     "arithmetic": arithmetic_documents,
-    "needle": _written(needle.document, "recall", "facts"),
+    "needle": _needles(700),
+    "needle-4k": _needles(4_000),
+    "needle-8k": _needles(8_000),
+    "needle-100k": _needles(100_000),
 }
 """Name -> documents for a seed."""
 

@@ -1,0 +1,156 @@
+"""A whole recipe, small: what passes from stage to stage, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step35.cli.main import main
+from step35.config.load import load_file as load_recipe
+from step35.config.recipe import RecipeConfig
+from step35.model.weights import load_model
+from step35.runtime.metrics import read_metrics
+
+RECIPE = """
+preset = "tiny"
+mtp = 2
+
+[prepare]
+vocab_size = 512
+val_tokens = 4096
+[[prepare.sources]]
+name = "sums"
+builtin = "arithmetic"
+chars = 200_000
+[[prepare.sources]]
+name = "recall"
+builtin = "needle"
+chars = 200_000
+
+[train]
+batch_rows = 4
+micro_rows = 4
+context = 32
+warmup_steps = 0
+dtype = "float32"
+
+[[stages]]
+name = "short"
+tokens = 512
+mixture = { sums = 3, recall = 1 }
+[stages.train]
+lr = 1e-2
+
+[[stages]]
+name = "long"
+tokens = 512
+mixture = { recall = 1 }
+replay = 0.25
+replay_of = "short"
+theta_full = 1e6
+mask_meta_from_tokens = 0
+probe = { contexts = [64, 128], prompts = 8 }
+[stages.train]
+context = 128
+batch_rows = 2
+freeze_router = true
+ep_weight = 0.0
+balance_rate = 0.0
+
+[[stages]]
+name = "mtp"
+tokens = 256
+mixture = { sums = 1 }
+[stages.train]
+mtp_joint_from = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curriculum")
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert main(["curriculum", str(folder / "recipe.toml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def test_each_stage_is_a_run_with_a_model_in_the_released_layout(run: Path) -> None:
+    thetas = {}
+    for folder in ("1-short", "2-long", "3-mtp"):
+        config = load_model(run / folder / "model").config
+        thetas[folder] = (config.layer(0).rope_theta, config.layer(1).rope_theta)
+        assert config.num_nextn_predict_layers == 2
+    assert thetas == {"1-short": (1e4, 1e4), "2-long": (1e6, 1e4), "3-mtp": (1e6, 1e4)}
+    assert [len(read_metrics(run / f / "metrics.jsonl")) for f in ("1-short", "2-long", "3-mtp")] == [4, 2, 2]
+
+
+def test_the_frozen_router_stays_and_the_rest_moves(run: Path) -> None:
+    before, after = (load_model(run / f / "model").state_dict() for f in ("1-short", "2-long"))
+    same = {name for name in before if before[name].equal(after[name])}
+    routers = {name for name in before if "router" in name}
+    assert routers
+    assert routers <= same
+    assert "embed_tokens.weight" not in same
+
+
+def test_the_account_is_exact_and_the_second_stage_reads_on(run: Path) -> None:
+    first, second = (read(run / f / "account.json") for f in ("1-short", "2-long"))
+    assert sum(source["tokens"] for source in first.values()) == 512
+    assert sum(source["tokens"] for source in second.values()) == 512
+    assert set(second) == {"recall", "sums"}  # sums by replay
+
+
+def test_probes_and_acceptance_are_measured_before_and_after(run: Path) -> None:
+    result = read(run / "2-long" / "done.json")
+    for name in ("needles_before", "needles_after"):
+        assert [r["context"] for r in result[name]] == [64, 128]
+        assert all(r["prompts"] == 8 for r in result[name])
+    joint = read(run / "3-mtp" / "done.json")
+    assert len(joint["acceptance_before"]) == len(joint["acceptance_after"]) == 2
+    assert "2-long: needles found after" in (run / "report.html").read_text()
+
+
+def test_a_finished_recipe_does_nothing_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.jsonl")}
+    assert main(["curriculum", str(run.parent / "recipe.toml"), "--out", str(run)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("metrics.jsonl")} == before
+    assert "needles after" in capsys.readouterr().out
+
+
+def test_another_recipe_in_the_same_folder_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.parent / "other.toml").write_text(RECIPE.replace("1e-2", "2e-2"))
+    assert main(["curriculum", str(run.parent / "other.toml"), "--out", str(run)]) != 0
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_a_mixture_of_sources_that_no_one_prepared_is_refused_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE.replace("mixture = { sums = 1 }", "mixture = { books = 1 }"))
+    assert main(["curriculum", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run")]) != 0
+    assert not (tmp_path / "run" / "1-short" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "flash"])
+def test_the_recipes_that_come_with_the_project_are_sound(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "recipes" / f"{name}.toml"
+    recipe = load_recipe(file, RecipeConfig)
+    assert [s.name for s in recipe.stages][:6] == [
+        "pretrain-1", "pretrain-2a", "pretrain-2b", "midtrain-1", "midtrain-2", "sft"
+    ]  # fmt: skip
+    assert main(["curriculum", str(file), "--dry-run", "--rate", "1000"]) == 0
+    shown = capsys.readouterr().out
+    hours = sum(s.tokens for s in recipe.stages) / 1000 / 3600
+    assert f"{hours:,.2f}" in shown
+
+
+def test_the_timeline_can_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    assert main(["curriculum", str(tmp_path / "r.toml"), "--dry-run", "--measure"]) == 0
+    assert "in all" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
