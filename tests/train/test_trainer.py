@@ -115,6 +115,17 @@ def test_a_killed_run_resumes_as_if_unbroken(start: Start, tmp_path: Path, at: i
     assert torch.equal(model.lm_head.weight, final_state(tmp_path / "unbroken")["/model/lm_head.weight"])
 
 
+def test_a_killed_run_of_bf16_weights_resumes_from_its_masters(start: Start, tmp_path: Path) -> None:
+    start(tmp_path / "unbroken", param_dtype="bfloat16")
+    with pytest.raises(StoppedError):
+        start(tmp_path / "broken", 4, kill, param_dtype="bfloat16")
+    model = start(tmp_path / "broken", param_dtype="bfloat16")
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
+    master = final_state(tmp_path / "unbroken")["/model/lm_head.weight"]
+    assert master.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, master.bfloat16())
+
+
 def test_ctrl_c_saves_the_step_and_then_interrupts(start: Start, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     start(tmp_path / "unbroken")
