@@ -97,7 +97,7 @@ class Trackio:
 
 
 class Wandb:
-    """A run of the project in WANDB_PROJECT, else "step35"; WANDB_MODE=offline keeps it in the run's `wandb/` folder."""
+    """A run of the project in WANDB_PROJECT, else "step35"; WANDB_MODE=offline keeps it in the run's `wandb/`."""
 
     extra = "wandb"
 
