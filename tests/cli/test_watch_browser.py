@@ -67,6 +67,8 @@ class Browser:
             answer = self._receive()
             if answer.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(str(answer["params"]["exceptionDetails"]))
+            if answer.get("method") == "Runtime.consoleAPICalled" and answer["params"]["type"] == "error":
+                self.errors.append(str(answer["params"]["args"]))
             if answer.get("method") == "Log.entryAdded" and answer["params"]["entry"]["level"] == "error":
                 self.errors.append(str(answer["params"]["entry"]))
             if answer.get("id") == self.number:
@@ -109,6 +111,15 @@ class Browser:
         self.evaluate(f"{field}.value = {json.dumps(value)}")
         for event in ("input", "change"):
             self.evaluate(f"{field}.dispatchEvent(new Event('{event}'))")
+
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """Drag the mouse over an element, from and to shares of its width."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{element}.scrollIntoView()")
+        box = self.evaluate(f"{element}.getBoundingClientRect().toJSON()")
+        for kind, share in (("mousePressed", start), ("mouseMoved", end), ("mouseReleased", end)):
+            x, y = box["x"] + share * box["width"], box["y"] + box["height"] / 2
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
     def close(self) -> None:
         self.process.terminate()
@@ -237,6 +248,13 @@ def test_curves_can_be_read_zoomed_smoothed_and_compared(look, finished):
     page.press(chart, "0")
     page.wait(f"{line} === {json.dumps(whole)}")
 
+    page.drag(chart, 0.5, 0.8)
+    page.wait(f"{line}.split('L').length < {whole.count('L')}")
+    assert page.evaluate("document.getElementById('whole').disabled") is False
+    page.evaluate("document.getElementById('whole').click()")
+    page.wait(f"{line} === {json.dumps(whole)}")
+    page.press(chart, "0")
+
     page.evaluate("document.querySelector('#others input').click()")
     page.wait("document.querySelectorAll('[data-family=loss] .line').length === 2")
     assert "other: 0.4 at 20" in page.text("[data-family=loss] figcaption")
@@ -269,6 +287,17 @@ def test_a_demo_shows_its_newest_stage_and_the_others_on_request(look, finished)
     page.change("#run", "runs/done")
     page.wait("document.querySelector('[data-fact=step] b')?.textContent === '40 of 40'")
     assert page.evaluate("document.title").startswith("runs/done")
+
+
+def test_the_page_says_when_the_server_is_gone_and_recovers(look, finished):
+    page = look(finished)
+    page.wait("document.querySelectorAll('#charts figure').length === 4")
+    page.evaluate("window.realFetch = fetch; window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+    page.wait("document.getElementById('notice').textContent.startsWith('no answer')")
+    page.evaluate("window.fetch = window.realFetch")
+    page.wait("document.getElementById('notice').textContent === ''")
+    assert all("no answer" in error for error in page.errors)
+    page.errors.clear()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

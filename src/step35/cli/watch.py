@@ -86,7 +86,7 @@ class Site:
         self.folders = {self._name(folder): folder for folder in find_runs(self.root)}
         found = {name: modified(folder / "metrics.jsonl") for name, folder in self.folders.items()}
         inside = [name for name, folder in self.folders.items() if folder.is_relative_to(self.focus)]
-        listed = [{"name": name, "updated": updated} for name, updated in found.items()]
+        listed = [{"name": name, "has_metrics": updated > 0} for name, updated in found.items()]
         newest = self._name(self.focus)
         if not found.get(newest) and inside:
             newest = max(inside, key=lambda name: found[name])

@@ -28,12 +28,12 @@ class Curve:
     """The values of one metric by step."""
 
     def __init__(self) -> None:
-        # float32 holds the 6 digits that the log keeps, at half the memory of a million steps.
+        # float32 holds the 6 digits that the log keeps, at half the memory; what is beyond it counts as infinite.
         self.steps, self.values = array("I"), array("f")
 
     def add(self, step: int, value: float) -> None:
         self.steps.append(step)
-        self.values.append(max(-3e38, min(value, 3e38)) if math.isfinite(value) else value)
+        self.values.append(value)
 
     def window(self, first: int, last: int, points: int) -> dict[str, Any]:
         """Return the steps from `first` to `last` in at most `points` + 1 buckets, see `buckets`."""
@@ -145,7 +145,9 @@ class Feed:
             self.times.append((step, float(record["time"])))
         numbers = scalars(record)
         for key, value in numbers.items():
-            self.curves.setdefault(key, Curve()).add(step, value)
+            if key not in self.curves:
+                self.curves[key] = Curve()
+            self.curves[key].add(step, value)
         panels = [key for key, value in record.items() if is_panel(value)]
         if panels:
             self.spots.append(Spot(step, offset))

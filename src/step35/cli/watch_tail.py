@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Most that one call reads, so that a first look at gigabytes is many short waits and not one long one."""
 
 MARK_BYTES = 64

@@ -110,9 +110,9 @@ def _list_curves(values: list[Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, str):
-        return NOT_FINITE.get(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if type(value) in (int, float):  # not isinstance: True is an int to it
+        return float(value)
+    return NOT_FINITE.get(value) if isinstance(value, str) else None
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,7 @@ const by = (id) => document.getElementById(id);
 const state = {
   runs: null, name: null, facts: null, compared: new Map(), // compared: run -> { curves }
   curves: {}, view: [null, null], cursor: null, charts: new Map(), maps: new Map(), atNewest: true,
+  stale: true, // draw anew even if the server says that nothing has changed: another run, or the first answer after an error
 };
 
 async function poll(count = 0) {
@@ -26,8 +27,9 @@ async function poll(count = 0) {
   try {
     if (!document.hidden || count === 0) soon = await update(count % RUNS_EVERY === 0); // a hidden tab asks nothing
   } catch (error) {
-    by("notice").textContent = error instanceof TypeError ? "no answer: has `step35 runs watch` ended?" : error.message;
-    state.runs = null; // look for the runs again
+    by("notice").textContent = error.message;
+    console.error(error);
+    state.stale = true;
   }
   // A long log takes the server longer to sum up, and is asked for less often: at most a tenth of its time.
   const wait = soon ? 0 : Math.max(POLL_MS, 10 * (performance.now() - started));
@@ -36,32 +38,32 @@ async function poll(count = 0) {
 
 // Brings the page up to date; returns whether the server still has much of the log to read.
 async function update(lookForRuns) {
-  if (lookForRuns || !state.runs) await updateRuns();
+  if (lookForRuns || state.stale) await updateRuns();
   const name = state.name;
   const facts = await fetchJson("api/facts", { run: name });
   if (name !== state.name) return true; // another run was chosen meanwhile
-  const first = state.facts === null;
-  state.facts = facts.body;
-  if (facts.changed || first) {
+  const changed = facts.changed || state.stale;
+  Object.assign(state, { facts: facts.body, stale: false });
+  if (changed) {
     showFacts(state.facts);
     const curves = await fetchCurves(name, state.facts);
     if (name !== state.name) return true;
     state.curves = curves;
+    drawCharts();
     await updatePanels();
   }
-  const others = await Promise.all([...state.compared.keys()].map(updateCompared));
-  if (facts.changed || first || others.includes(true)) drawCharts();
+  const others = await Promise.all([...state.compared.keys()].map((other) => updateCompared(other)));
+  if (others.includes(true)) drawCharts();
   return facts.body.behind_bytes > 1e6;
 }
 
 async function updateRuns() {
   const { changed, body } = await fetchJson("api/runs");
-  if (changed || !state.runs) {
-    state.runs = body;
-    fillSelector();
-  }
+  state.runs = body;
+  if (changed) fillSelector();
   const chosen = by("run").value || body.newest;
   if (chosen !== state.name) choose(chosen);
+  else if (changed) fillOthers();
 }
 
 function fillSelector() {
@@ -75,7 +77,7 @@ function fillSelector() {
 }
 
 function choose(name) {
-  Object.assign(state, { name, facts: null, curves: {}, view: [null, null], cursor: null, atNewest: true });
+  Object.assign(state, { name, facts: null, stale: true, curves: {}, view: [null, null], cursor: null, atNewest: true });
   state.compared.delete(name);
   for (const shown of [state.charts, state.maps]) shown.clear();
   by("charts").replaceChildren();
@@ -86,7 +88,7 @@ function choose(name) {
 }
 
 function fillOthers() {
-  const names = state.runs.runs.filter((run) => run.updated && run.name !== state.name).map((run) => run.name);
+  const names = state.runs.runs.filter((run) => run.has_metrics && run.name !== state.name).map((run) => run.name);
   by("compare").hidden = names.length === 0;
   by("others").replaceChildren(...names.map((name) => {
     const box = element("input", { type: "checkbox", value: name });
@@ -170,7 +172,7 @@ const act = {
 };
 
 async function updatePanels() {
-  const count = state.facts.panel_records;
+  const count = state.facts?.panel_records ?? 0;
   by("experts-section").hidden = count === 0;
   if (count === 0) return;
   by("place").max = count - 1;

@@ -6,7 +6,10 @@ const KNOWN_MOST = 60;
 export async function fetchJson(path, query = {}) {
   const address = `${path}?${new URLSearchParams(query)}`;
   const before = known.get(address);
-  const response = await fetch(address, { cache: "no-store", headers: before ? { "If-None-Match": before.tag } : {} });
+  const options = { cache: "no-store", headers: before ? { "If-None-Match": before.tag } : {} };
+  const response = await fetch(address, options).catch(() => {
+    throw new Error("no answer: has `step35 runs watch` ended?");
+  });
   if (response.status === 304) return { changed: false, body: before.body };
   const body = await response.json();
   if (!response.ok) throw new Error(body.error);

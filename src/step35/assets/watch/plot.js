@@ -1,11 +1,12 @@
 // One chart of one metric family, as SVG: lines, bands from low to high, alarms, read-out, zoom.
 // A series is { name, colour, dash, first, last?, mean, low?, high?, bad } with one entry a bucket of steps.
 
-import { element, number } from "./text.js";
+import { brief, element, number } from "./text.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const [HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [176, 46, 6, 8, 18];
 const KEY_ZOOM = 2;
+const SMOOTH_POINTS = 400;
 
 function svg(name, attributes, parent) {
   const made = document.createElementNS(NAMESPACE, name);
@@ -14,8 +15,10 @@ function svg(name, attributes, parent) {
   return made;
 }
 
-// Exponential moving average, corrected for its start; a gap stays a gap.
-export function smoothed(values, weight) {
+// Exponential moving average, corrected for its start; a gap stays a gap. `strength` from 0 to 1 is the weight of the
+// past when a curve has SMOOTH_POINTS points: a curve of fewer is smoothed over the same share of the chart.
+export function smoothed(values, strength) {
+  const weight = strength ** (SMOOTH_POINTS / values.length);
   let [average, mass] = [0, 0];
   return values.map((value) => {
     if (value === null) return null;
@@ -95,11 +98,11 @@ export class Chart {
     for (const value of ticks(this.y0, this.y1, 4, this.log)) {
       const y = this.y(value);
       svg("line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y, y2: y }, this.svg);
-      svg("text", { x: LEFT - 4, y: y + 3, "text-anchor": "end" }, this.svg).textContent = number(value, 6);
+      svg("text", { x: LEFT - 4, y: y + 3, "text-anchor": "end" }, this.svg).textContent = brief(value);
     }
     for (const step of ticks(this.x0, this.x1, 5)) {
       if (!Number.isInteger(step)) continue;
-      svg("text", { x: this.x(step), y: HEIGHT - 5, "text-anchor": "middle" }, this.svg).textContent = number(step);
+      svg("text", { x: this.x(step), y: HEIGHT - 5, "text-anchor": "middle" }, this.svg).textContent = brief(step);
     }
   }
 

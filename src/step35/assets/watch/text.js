@@ -5,8 +5,15 @@ export function number(value, digits = 4) {
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en-US");
   const size = Math.abs(value);
-  if (size < 1e5 && size >= 1e-3) return String(Number(value.toPrecision(digits)));
+  if (size < 1e15 && size >= 1e3) return Math.round(value).toLocaleString("en-US");
+  if (size < 1e3 && size >= 1e-3) return String(Number(value.toPrecision(digits)));
   return value.toExponential(2).replace(/\.?0+e/, "e");
+}
+
+// Short enough for an axis: 500K, 1.5M.
+export function brief(value) {
+  if (Math.abs(value) < 1e4 || Math.abs(value) >= 1e15) return number(value, 6);
+  return value.toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 6 });
 }
 
 export function duration(seconds) {
