@@ -174,6 +174,7 @@ def test_status(run):
     assert status_of(feed, now + 3600).word == "stalled"
     for kind, word in (("interrupted", "interrupted"), ("resumed", "running"), ("stopped", "stopped")):
         run.events.event(kind)
+        run.events.event("checkpoint_failed")  # says nothing about that
         feed.poll()
         assert status_of(feed, now).word == word
     run.write_json("done.json", {})

@@ -17,8 +17,8 @@ STALL_SECONDS = 60.0
 """Least silence that counts as a stall."""
 STALL_INTERVALS = 10
 """So many times the usual time between two records is a stall as well."""
-ENDINGS = {"interrupted": "interrupted", "stopped": "stopped", "terminated": "stopped", "failed": "stopped"}
-"""Events after which nothing more is written until a resume, and the status they mean."""
+ENDINGS = ("interrupted", "stopped")
+"""Events after which nothing more is written until a resume; the status has the same name."""
 
 
 class Status(NamedTuple):
@@ -69,7 +69,7 @@ def status_of(feed: Feed, now: float) -> Status:
     if not seen:
         return Status("empty", modified(feed.run))
     if feed.last_kind in ENDINGS:
-        return Status(ENDINGS[feed.last_kind], seen)
+        return Status(feed.last_kind, seen)
     patience = max(STALL_SECONDS, STALL_INTERVALS * (_seconds_per_record(feed) or 0.0))
     return Status("running" if now - seen < patience else "stalled", seen)
 

@@ -20,6 +20,8 @@ from step35.cli.watch_tail import Lines, Tail, line_at
 from step35.runtime.metrics import is_panel, scalars
 
 EVENTS_KEPT = 200
+LIFE = ("started", "resumed", "interrupted", "stopped", "finished")
+"""Events that say whether a run goes on."""
 CURVE_DIGITS = 6
 """Significant digits of a value, as many as `metrics.jsonl` keeps."""
 
@@ -111,7 +113,7 @@ class Feed:
         self.alarms: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.alarm_counts: Counter[str] = Counter()
-        self.last_kind = ""
+        self.last_kind = ""  # of those in LIFE
 
     def poll(self) -> None:
         """Take in what has been written since the last call."""
@@ -164,7 +166,7 @@ class Feed:
             self.alarm_counts[str(event.get("alarm", ""))] += 1
         else:
             self.events.append(event)
-            self.last_kind = str(event.get("kind", ""))
+            self.last_kind = event["kind"] if event.get("kind") in LIFE else self.last_kind
 
     def panels(self, place: int) -> dict[str, Any] | None:
         """Return the panels of record number `place` of those that hold any; None when the file has just changed.
