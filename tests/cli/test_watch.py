@@ -113,6 +113,7 @@ def test_a_symbolic_link_is_not_followed_out_of_the_root(get, root):
 def test_bad_numbers_and_other_methods_are_refused(get, server):
     status, body, _ = get("/api/curves?run=alone&first=x")
     assert (status, "'x'" in body["error"]) == (400, True)
+    assert get("/", Host="[")[0] == 400
     request = urllib.request.Request(f"http://127.0.0.1:{server.server_address[1]}/", method="POST", data=b"x")
     with pytest.raises(urllib.error.HTTPError, match="501"):
         urllib.request.urlopen(request, timeout=10)

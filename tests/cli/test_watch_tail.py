@@ -84,6 +84,17 @@ def test_a_resume_that_drops_steps_is_noticed(tmp_path):
     assert [json.loads(line)["step"] for _, line in found.lines] == list(range(1, 9))
 
 
+def test_another_file_that_ends_alike_is_noticed(tmp_path):
+    path, other, ending = tmp_path / "log", tmp_path / "other", "same\n" * 100
+    path.write_text("one\n" + ending)
+    tail = Tail(path)
+    tail.read()
+    other.write_text("two\n" + ending)
+    other.replace(path)
+    found = tail.read()
+    assert (found.restarted, found.lines[0]) == (True, (0, b"two"))
+
+
 def test_other_content_under_the_same_inode_and_a_deleted_file_are_noticed(tmp_path):
     path = tmp_path / "log"
     path.write_text("one\ntwo\n")

@@ -142,17 +142,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer, with 304 when the browser has it already."""
-        if self.server.loopback and not is_loopback(urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""):
-            # A foreign name that resolves to this machine: some other page's script trying to read along.
-            return self._send(403, _json({"error": "this server answers to localhost only"}))
-        url = urlsplit(self.path)
         try:
-            answer = self.server.site.answer(url.path, dict(parse_qsl(url.query)))
+            if self.server.loopback and not is_loopback(urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""):
+                # A foreign name that resolves to this machine: some other page's script trying to read along.
+                return self._send(403, _json({"error": "this server answers to localhost only"}))
+            url = urlsplit(self.path)
+            return self._send(200, self.server.site.answer(url.path, dict(parse_qsl(url.query))))
         except NotFound as error:
             return self._send(404, _json({"error": str(error)}))
-        except ValueError as error:
+        except ValueError as error:  # an address or a number that is none
             return self._send(400, _json({"error": str(error)}))
-        return self._send(200, answer)
 
     def _send(self, code: int, answer: Answer) -> None:
         tag = f'"{hashlib.blake2b(answer.body, digest_size=12).hexdigest()}"'

@@ -38,17 +38,19 @@ class Curve:
         self.values.append(value)
 
     def window(self, first: int, last: int, points: int) -> dict[str, Any]:
-        """Return the steps from `first` to `last` in at most `points` + 1 buckets, see `buckets`."""
+        """Return the steps from `first` to `last` in at most `points` buckets, see `buckets`."""
         # Views, not copies: they are gone before the arrays grow again.
         steps, values = np.frombuffer(self.steps, np.uint32), np.frombuffer(self.values, np.float32)
         low, high = np.searchsorted(steps, np.array([first, last + 1], np.uint32))
         width = bucket_width(int(high - low), points)
-        low -= low % width  # buckets keep their borders while the curve grows, so a live line does not flicker
         return buckets(steps[low:high], values[low:high].astype(np.float64), width)
 
 
 def bucket_width(count: int, points: int) -> int:
-    """Return the least power of two that cuts `count` values into at most `points` buckets."""
+    """Return the least power of two that cuts `count` values into at most `points` buckets.
+
+    A power of two, so that borders stay where they are while a curve grows, and a live line does not flicker.
+    """
     return 1 << max(0, math.ceil(math.log2(max(count, 1) / points)))
 
 
