@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -221,4 +222,5 @@ def _cursors(run: Path) -> dict[str, Any]:
 
 def _fresh_name(run: Path) -> str:
     """Return a name that says which run it is (its folder and the one above) and is no other run's."""
-    return "-".join([*run.resolve().parts[-2:], secrets.token_hex(3)])
+    folders = re.sub(r"[^\w.-]", "-", "-".join(run.resolve().parts[-2:]))  # trackers refuse some characters
+    return f"{folders}-{secrets.token_hex(3)}"
