@@ -17,7 +17,7 @@ test-slow: $(STAMP)
 
 # The live page in a real browser; `make test` leaves these out where there is none.
 test-browser: $(STAMP)
-	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium; install it: apt install chromium"; exit 1; }
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "no Chromium; install it: apt install chromium"; exit 1; }
 	$(BIN)/python -m pytest tests/cli/test_watch_browser.py
 
 # Our numbers against transformers, vLLM and llama.cpp; the first time installs them under .interop/ (12 minutes).
