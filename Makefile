@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow interop bench-model bench-train check format clean
+.PHONY: demo test test-slow test-browser interop bench-model bench-train check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -14,6 +14,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The live page in a real browser; `make test` leaves these out where there is none.
+test-browser: $(STAMP)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "no Chromium; install it: apt install chromium"; exit 1; }
+	$(BIN)/python -m pytest tests/cli/test_watch_browser.py
 
 # Our numbers against transformers, vLLM and llama.cpp; the first time installs them under .interop/ (12 minutes).
 interop: $(STAMP)

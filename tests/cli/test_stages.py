@@ -48,17 +48,21 @@ def test_a_stage_refuses_other_content_at_the_same_place(tmp_path: Path) -> None
     source, run = tmp_path / "source.txt", RunDir(tmp_path / "run")
     source.write_text("one", encoding="utf-8")
     settings = EvalConfig()
-    assert stage(run, settings, lambda: {"made": 1}, text=source)["made"] == 1
-    assert stage(run, settings, lambda: {"made": 2}, text=source)["made"] == 1
+    assert stage(run, settings, lambda: {"made": 1}, Console(), text=source)["made"] == 1
+    assert stage(run, settings, lambda: {"made": 2}, Console(), text=source)["made"] == 1
     source.write_text("two", encoding="utf-8")
     with pytest.raises(ConfigError, match="content of text"):
-        stage(run, settings, lambda: {"made": 2}, text=source)
+        stage(run, settings, lambda: {"made": 2}, Console(), text=source)
 
 
 def test_a_moved_run_is_still_done(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "source.txt").write_text("one", encoding="utf-8")
-    stage(RunDir(tmp_path / "a" / "run"), EvalConfig(), lambda: {"made": 1}, text=tmp_path / "a" / "source.txt")
+    stage(
+        RunDir(tmp_path / "a" / "run"), EvalConfig(), lambda: {"made": 1}, Console(), text=tmp_path / "a" / "source.txt"
+    )
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    again = stage(RunDir(tmp_path / "b" / "run"), EvalConfig(), lambda: {"made": 2}, text=tmp_path / "b" / "source.txt")
+    again = stage(
+        RunDir(tmp_path / "b" / "run"), EvalConfig(), lambda: {"made": 2}, Console(), text=tmp_path / "b" / "source.txt"
+    )
     assert again["made"] == 1

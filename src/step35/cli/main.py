@@ -31,7 +31,7 @@ VERBS = {
     "convert": "rewrite a model: another dtype, FP8 blocks, GGUF for llama.cpp, and back",
     "generate": "continue a text",
     "chat": "talk to a model that can use tools",
-    "runs": "list, show and plot runs",
+    "runs": "list, show, plot and watch runs",
 }
 
 CONFIG_HELP = """

@@ -99,7 +99,7 @@ def run_stage(
     inputs: dict[str, str | Path] = {"recipe": stage.model_dump_json(), "data": data.folder}
     if former:
         inputs["former"] = former.path / "model"
-    return stages.stage(run, config, work, **inputs)
+    return stages.stage(run, config, work, console, **inputs)
 
 
 def architecture(recipe: RecipeConfig, stage: StageConfig, vocab_size: int) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""List runs, show one, or plot its metrics."""
+"""List runs, show one, plot its metrics, or watch it live in a browser."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 
 from step35.cli import charts
 from step35.cli.doctor import amount
@@ -56,20 +57,38 @@ class PlotArgs(Config):
     """Folder that names are looked up in."""
 
 
+class WatchArgs(Config):
+    """Watch a run live in a browser: curves, expert heat maps, alarms. Finished runs as well."""
+
+    run: tyro.conf.Positional[str]
+    """A run, or a folder of runs such as a demo's: its folder, or its name below `root`."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port to serve the page on; 0 takes any that is free."""
+    host: str = "127.0.0.1"
+    """Address to serve on. Any but this machine's own lets others read the runs: there is no password."""
+    browser: bool = True
+    """Open the page in a browser."""
+    root: Path = Path("runs")
+    """Folder that names are looked up in; its other runs can be compared."""
+
+
 Args = (
     Annotated[ListArgs, tyro.conf.subcommand("list")]
     | Annotated[ShowArgs, tyro.conf.subcommand("show")]
     | Annotated[PlotArgs, tyro.conf.subcommand("plot")]
+    | Annotated[WatchArgs, tyro.conf.subcommand("watch")]
 )
 
 
-def main(args: ListArgs | ShowArgs | PlotArgs) -> int:
+def main(args: ListArgs | ShowArgs | PlotArgs | WatchArgs) -> int:
     """Do what the subcommand says."""
     console = Console()
     if isinstance(args, ListArgs):
         _list(args, console)
     elif isinstance(args, ShowArgs):
         _show(args, console)
+    elif isinstance(args, WatchArgs):
+        return _watch(args, console)
     else:
         _plot(args, console)
     return 0
@@ -151,6 +170,13 @@ def _show(args: ShowArgs, console: Console) -> None:
         console.print(f"{date}  {event.get('kind', '')}  {rest}")
     files = [(str(path.relative_to(run)), amount(path.stat().st_size, "B")) for path in sorted(run.rglob("*.*"))]
     console.table("files", ["file", "size"], files)
+
+
+def _watch(args: WatchArgs, console: Console) -> int:
+    from step35.cli.watch import watch
+
+    run = _resolve(args.run, args.root)
+    return watch(run, args.root, host=args.host, port=args.port, browser=args.browser, console=console)
 
 
 def _plot(args: PlotArgs, console: Console) -> None:

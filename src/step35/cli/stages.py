@@ -46,6 +46,7 @@ from step35.runtime.disk import fingerprint
 from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
+from step35.runtime.sinks import tracking
 from step35.train.step import validation_loss
 from step35.train.trainer import train
 
@@ -60,18 +61,20 @@ _UNITS = {
 """What the steps of `prepare` count, where it is not documents."""
 
 
-def stage(run: RunDir, config: Config, work: Callable[[], dict[str, Any]], **inputs: str | Path) -> dict[str, Any]:
+def stage(
+    run: RunDir, config: Config, work: Callable[[], dict[str, Any]], console: Console, **inputs: str | Path
+) -> dict[str, Any]:
     """Do `work` in `run` unless it is done; return its result with the seconds it took.
 
     A run made with other settings or from other `inputs` is refused with `ConfigError`, one that another process
     is at with `RunLockedError`.
     """
     with locked(run.path):
-        return _stage(run, config, work, inputs)
+        return _stage(run, config, work, console, inputs)
 
 
 def _stage(
-    run: RunDir, config: Config, work: Callable[[], dict[str, Any]], inputs: Mapping[str, str | Path]
+    run: RunDir, config: Config, work: Callable[[], dict[str, Any]], console: Console, inputs: Mapping[str, str | Path]
 ) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"out"})
     run.check_config(settings)
@@ -84,7 +87,8 @@ def _stage(
     run.events.event("started")
     reuse_memory()
     started = time.monotonic()
-    result = {**work(), "seconds": round(time.monotonic() - started, 1)}
+    with tracking(run, settings.get("track", ()), settings, console.warn):
+        result = {**work(), "seconds": round(time.monotonic() - started, 1)}
     run.write_json(DONE, result)
     run.events.event("finished", seconds=result["seconds"])
     return result
@@ -166,7 +170,7 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
             "tokens": config.tokens_until(config.steps),
         }
 
-    return stage(run, config, work, preset=model_name, data=data.folder)
+    return stage(run, config, work, console, preset=model_name, data=data.folder)
 
 
 def supervise(
@@ -186,7 +190,7 @@ def supervise(
         publish(model, tokenizer, run.path / "model")
         return {"conversations": len(samples), "steps": config.steps}
 
-    return stage(run, config, work, model=source, conversations=conversations or "synthesised")
+    return stage(run, config, work, console, model=source, conversations=conversations or "synthesised")
 
 
 def synthesise(config: SFTConfig, console: Console) -> list[Conversation]:
@@ -225,7 +229,7 @@ def reinforce_model(run: RunDir, source: Path, config: RLConfig, console: Consol
         publish(actor, tokenizer, run.path / "model")
         return {"rounds": config.steps}
 
-    return stage(run, config, work, model=source)
+    return stage(run, config, work, console, model=source)
 
 
 def write_architecture(run: RunDir, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from step35.errors import ConfigError
+
+Trackers = tuple[Literal["tensorboard", "trackio", "wandb"], ...]
+"""Where metrics can be shown besides `metrics.jsonl`."""
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from step35.config.base import Config
+from step35.config.base import Config, Trackers
 from step35.config.checkpoint import CheckpointConfig
 
 
@@ -61,6 +61,8 @@ class RLConfig(Config):
     checkpoint_every: int = Field(default=4, ge=1)
     """Rounds between checkpoints."""
     checkpoints: CheckpointConfig = CheckpointConfig()
+    track: Trackers = ()
+    """Trackers that get the metrics too; may change when a run is resumed."""
     seed: int = Field(default=0, ge=0)
     """Seed of problems, samples and mini-batches."""
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from step35.config.base import Config
+from step35.config.base import Config, Trackers
 from step35.config.checkpoint import CheckpointConfig
 
 
@@ -95,6 +95,8 @@ class TrainConfig(Config):
     """Updates between measurements of the validation loss."""
     monitor_every: int = Field(default=20, ge=1)
     """Updates between records of every expert's load, activation and norm."""
+    track: Trackers = ()
+    """Trackers that get the metrics too; may change when a run is resumed."""
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> TrainConfig:

@@ -19,6 +19,9 @@ from step35.runtime.metrics import EventsLog, MetricsLog
 
 ABSENT = "(absent)"
 
+FREE = {"checkpoints", "track"}
+"""Settings that a resumed run may change: how it is saved and who is shown its metrics change nothing it computes."""
+
 
 class RunDir:
     """One run on disk. Creating the object creates the folder."""
@@ -68,7 +71,7 @@ class RunDir:
     def check_config(self, config: dict[str, Any]) -> None:
         """Raise `ConfigError` if the folder holds a run with other settings than `config`.
 
-        Settings below `checkpoints` are left out: how a run is saved changes nothing that it computes.
+        Those in `FREE` are left out.
         """
         path = self.path / "config.json"
         if not path.exists():
@@ -81,7 +84,7 @@ class RunDir:
         lines = [
             f"  {key}: {old.get(key, ABSENT)!r} in the folder, {new.get(key, ABSENT)!r} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, ABSENT) != new.get(key, ABSENT) and "checkpoints" not in key.split(".")
+            if old.get(key, ABSENT) != new.get(key, ABSENT) and FREE.isdisjoint(key.split("."))
         ]
         if lines:
             raise ConfigError(
