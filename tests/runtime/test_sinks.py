@@ -171,10 +171,17 @@ def test_wandb_offline(tmp_path, monkeypatch):
     while int(time.time()) == begun:  # wandb names a session's folder by the second, and overwrites
         time.sleep(0.01)
     assert session(tmp_path / "run", "wandb", 4, 8) == []
-    records = [record for file in sorted((tmp_path / "run").glob("wandb/offline-*/*.wandb")) for record in scan(file)]
-    steps = [int(float(record["_step"])) for record in records if "loss" in record]
-    assert steps == list(range(1, 9))
+    deadline = time.monotonic() + 30
+    while (steps := wandb_steps(tmp_path / "run")) != list(range(1, 9)):  # its service writes on after `finish`
+        assert time.monotonic() < deadline, steps
+        time.sleep(0.05)
     assert len({folder.name.split("-", 3)[3] for folder in (tmp_path / "run" / "wandb").glob("offline-*")}) == 1
+
+
+def wandb_steps(run: Path) -> list[int]:
+    """Return the steps with a loss in the order of a run's sessions."""
+    records = [record for file in sorted(run.glob("wandb/offline-*/*.wandb")) for record in scan(file)]
+    return [int(float(record["_step"])) for record in records if "loss" in record]
 
 
 def scan(file: Path) -> list[dict[str, str]]:
