@@ -21,10 +21,12 @@ from step35.runtime.disk import free_bytes
 EXTRAS = {
     "report": ("matplotlib",),
     "gguf": ("gguf",),
-    "data": ("pyarrow",),
+    "data": ("pyarrow", "backports.zstd"),
     "serve": ("fastapi",),
     "agents": ("openai",),
     "track": ("tensorboard",),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
     "scale": ("ray", "vllm"),
     "oracle": ("transformers",),
 }
