@@ -40,7 +40,7 @@ def test_update_rms_is_in_units_of_the_rate_and_a_sample_is_enough() -> None:
         "norm.weight": torch.randn(40, generator=generator),
     }
     sample = UpdateSample(named)
-    assert sample.before["lm_head.weight"].numel() <= 2**16
+    assert sample.before[0].numel() <= 2**13
     named["lm_head.weight"].sub_(1e-3 * 0.2 * torch.randn(500, 400, generator=generator))
     named["norm.weight"].sub_(1e-3)
     found = sample.rms(1e-3)

@@ -117,9 +117,16 @@ class Context:
         return kernels.attend(q_BTHC, k_BTKC, v_BTKC, mask)
 
     def seen_from(self, rows_S: Tensor, window: int | None) -> Tensor:
-        """Return (B, S, T): which keys the queries at rows `rows_S` see. For passes without a cache."""
-        seen = kernels.visible(self.positions_BT[:, rows_S], self.positions_BT, window)
-        return seen & kernels.same_document(self.segments_BT[:, rows_S], self.segments_BT)
+        """Return (B, S, T), 0 where the query at a row of `rows_S` sees the key, else -inf; the same rows every time.
+
+        For passes without a cache.
+        """
+        key = ("seen from", window)
+        if key not in self._memo:
+            seen = kernels.visible(self.positions_BT[:, rows_S], self.positions_BT, window)
+            seen = seen & kernels.same_document(self.segments_BT[:, rows_S], self.segments_BT)
+            self._memo[key] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+        return self._memo[key]
 
     def observe_dense(self, layer: int, clip: float) -> Callable[[Tensor], None] | None:
         """Return what a dense MLP is to show its gate and up to; None when nobody looks, or nothing is clipped."""

@@ -34,7 +34,7 @@ MEASURES = (
     ),
     Measure(
         "update_rms.CLASS",
-        "RMS of (new - old weight) / learning rate, over at most 65,536 evenly spaced elements a parameter",
+        "RMS of (new - old weight) / learning rate, over at most 8,192 evenly spaced elements a parameter",
         "near 0.2 for Muon's matrices of full rank, below 1 for AdamW's",
         "above 1 for a Muon class is an outlier of the orthogonalisation: `optim.iteration_dtype = float16` (not "
         "bfloat16)",
@@ -71,7 +71,7 @@ CLASSES = (
 )
 """Matrix classes and what their parameters' names contain; the first match counts."""
 
-SAMPLE = 2**16
+SAMPLE = 2**13
 """Elements of a parameter whose change is measured."""
 
 
@@ -92,7 +92,7 @@ def by_class(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     for name, value in values.items():
         key = f"{prefix}.{matrix_class(name)}"
         squares[key] = squares.get(key, 0.0) + value * value
-    return {key: math.sqrt(square) if square >= 0 else math.nan for key, square in squares.items()}
+    return {key: math.sqrt(square) for key, square in squares.items()}
 
 
 class UpdateSample:
@@ -100,18 +100,19 @@ class UpdateSample:
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named = named
-        self.before = {name: _sample(tensor).clone() for name, tensor in named.items()}
+        self.before = [_sample(tensor).clone() for tensor in named.values()]
 
     def rms(self, lr: float) -> dict[str, float]:
         """Return each class's RMS change in units of the learning rate; nothing when the rate is 0."""
         if lr == 0:
             return {}
-        squares = [(_sample(self.named[name]) - old).float().square().sum() for name, old in self.before.items()]
-        sums: dict[str, list[float]] = {}
-        for (name, old), square in zip(self.before.items(), torch.stack(squares).tolist(), strict=True):
-            total = sums.setdefault(matrix_class(name), [0.0, 0])
-            total[0], total[1] = total[0] + square, total[1] + old.numel()
-        return {f"update_rms.{label}": math.sqrt(square / count) / lr for label, (square, count) in sums.items()}
+        changes = torch._foreach_sub([_sample(tensor) for tensor in self.named.values()], self.before)
+        _, change = norms(dict(zip(self.named, changes, strict=True)))
+        counts: dict[str, int] = {}
+        for name, old in zip(self.named, self.before, strict=True):
+            key = f"update_rms.{matrix_class(name)}"
+            counts[key] = counts.get(key, 0) + old.numel()
+        return {key: norm / math.sqrt(counts[key]) / lr for key, norm in by_class(change, "update_rms").items()}
 
 
 def _sample(tensor: Tensor) -> Tensor:
