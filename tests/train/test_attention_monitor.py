@@ -54,9 +54,7 @@ def test_sampled_logits_are_those_of_the_full_scores(kept: tuple[Step35, Kept, T
     assert sorted(observer.seen) == [0, 1, 2, 3, 4]
     for layer, context, q, k, _ in observer.seen.values():
         full = scores(layer, q, k, segments)
-        assert sampled_logit_max(layer, context, q, k) == pytest.approx(
-            float(full[:, :, [11, 23]].max()), rel=1e-5
-        )
+        assert sampled_logit_max(layer, context, q, k) == pytest.approx(float(full[:, :, [11, 23]].max()), rel=1e-5)
 
 
 def test_no_logit_exceeds_the_bound(kept: tuple[Step35, Kept, Tensor]) -> None:
