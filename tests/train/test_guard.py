@@ -323,3 +323,16 @@ def test_the_monitors_are_off_when_they_are_off(make_model: Callable[..., Step35
     monitor = Monitor(make_model(), CONFIG.model_copy(update={"stability": StabilityConfig(monitors=False)}), {})
     assert monitor.observe(torch.zeros(1, 4)) is None
     assert monitor.sample() is None
+
+
+def test_a_later_stage_starts_its_monitors_anew(
+    make_model: Callable[..., Step35], make_batch: Callable[..., Batch], tmp_path: Path
+) -> None:
+    for folder, start in (("one", None), ("two", tmp_path / "one" / "checkpoints" / "step_8")):
+        model = make_model()
+        state = checkpoint.load(start) if start else None
+        loader = FaultyLoader(model, make_batch, {})
+        train(model, loader, CONFIG, RunDir(tmp_path / folder), Console(), name="train", start=state)
+    for folder in ("one", "two"):
+        state = checkpoint.load(tmp_path / folder / "checkpoints" / "step_8")
+        assert state["monitor"]["loss"]["count"] == 8

@@ -154,13 +154,14 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Take up a saved state; one without monitors starts them anew."""
         self.model.load_state_dict(state["model"])
         self.masters.load_state_dict(state["model"])
         self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.monitor.load_state_dict(state["monitor"])
+        if "monitor" in state:
+            self.monitor.load_state_dict(state["monitor"])
 
 
 def check_groups(model: ModelConfig, config: TrainConfig) -> None:

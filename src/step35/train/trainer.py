@@ -40,7 +40,8 @@ def train(
     learner = Learner(model, config)
     restored = resume(learner, run, console)
     if start and not restored:
-        learner.load_state_dict(start)
+        # Not its running means: another stage's loss is another level, and no spike.
+        learner.load_state_dict({key: value for key, value in start.items() if key != "monitor"})
     at = Position.of(restored)
     with (
         console.stage(name, config.steps, "step", done=at.step) as stage,
