@@ -40,7 +40,7 @@ def observe(make_model: Callable[..., Step35], make_batch: Callable[..., Batch])
 def sums(counts: list[float], rms: list[float], output: list[float], clipped: float = 0.0) -> torch.Tensor:
     """Return the sums of a layer whose experts have these figures."""
     n = torch.tensor(counts)
-    return torch.stack([n, n * torch.tensor(rms) ** 2, n * torch.tensor(output) ** 2, n * clipped], dim=1)
+    return torch.stack([n, n * torch.tensor(rms) ** 2, n * torch.tensor(output) ** 2, n * clipped, n], dim=1)
 
 
 def test_sums_equal_a_count_by_hand() -> None:
@@ -48,14 +48,15 @@ def test_sums_equal_a_count_by_hand() -> None:
     hidden, out = torch.randn(6, 8, generator=generator), torch.randn(6, 5, generator=generator)
     gate, up = hidden.chunk(2, -1)
     active = F.silu(gate).clamp(max=0.3) * up.clamp(-0.3, 0.3)
-    rows = RoutedRows(torch.tensor([0, 0, 1, 1, 1, 3]), torch.tensor([0, 2, 0, 1, 2, 1]), hidden, active, out)
+    rows = RoutedRows(torch.tensor([0, 0, 1, 1, 1, 3]), torch.tensor([0, 2, 0, 2, 1, 1]), hidden, active, out)
     real = torch.tensor([True, True, False])  # token 2 is padding
     found = expert_sums(rows, 0.3, real, 4)
-    for expert, places in {0: [0], 1: [2, 3], 2: [], 3: [5]}.items():
+    for expert, places in {0: [0], 1: [2, 4], 2: [], 3: [5]}.items():
         square = sum(float(active[i].square().mean()) for i in places)
         output = sum(float(out[i].norm()) ** 2 for i in places)
-        changed = sum(float(((F.silu(gate[i]) > 0.3) | (up[i].abs() > 0.3)).float().mean()) for i in places)
-        assert found[expert].tolist() == pytest.approx([len(places), square, output, changed], rel=1e-5)
+        looked = [i for i in places if i in (0, 4)]  # every fourth row
+        changed = sum(float(((F.silu(gate[i]) > 0.3) | (up[i].abs() > 0.3)).float().mean()) for i in looked)
+        assert found[expert].tolist() == pytest.approx([len(places), square, output, changed, len(looked)], rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.4, 7.0])
@@ -111,7 +112,10 @@ def test_micro_batches_add_up_to_the_batch(observe: Observe) -> None:
         total.add(observe(slice(row, row + 1))[1])
     expected, expected_places = whole.metrics(2)
     found, places = total.metrics(2)
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        sampled = key.startswith("clip_share")  # of every fourth row, which are not the same rows
+        assert found[key] == pytest.approx(value, rel=0.1 if sampled else 1e-4), key
     assert places == expected_places
     assert sum(sum(layer) for layer in whole.panels(2)["expert_load"]) == pytest.approx(4)
 

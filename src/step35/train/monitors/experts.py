@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from step35.model.context import RoutedRows, Routing
-from step35.train.monitors.clipping import clipped_share
+from step35.train.monitors.clipping import EVERY, clipped_share
 from step35.train.monitors.measure import Measure
 
 MEASURES = (
@@ -82,22 +82,24 @@ MEASURES = (
     Measure("expert_output_min_ratio", "min / lower median of expert_output, worst layer", "0.2 to 1", "see collapse"),
 )
 
-COUNT, SQUARE, OUTPUT, CLIPPED = range(4)
-"""Columns of a layer's sums (E, 4) over its rows: 1, mean square of the activation, squared output, share clipped."""
+COUNT, SQUARE, OUTPUT, CLIPPED, LOOKED = range(5)
+"""Columns of a layer's sums (E, 5) over its rows: 1, mean square of the activation, squared output; and over the rows
+whose clipping is looked at: share clipped, 1."""
 
 
 def expert_sums(rows: RoutedRows, clip: float, real_N: Tensor | None, experts: int) -> Tensor:
-    """Return one layer's sums (E, 4) in fp32; `real_N` leaves out the rows of padding tokens."""
+    """Return one layer's sums (E, 5) in fp32; `real_N` leaves out the rows of padding tokens."""
     square_R = torch.linalg.vector_norm(rows.active_RI, dim=-1, dtype=torch.float32).square()
     output_R = torch.linalg.vector_norm(rows.out_RD, dim=-1, dtype=torch.float32).square()
-    clipped_R = clipped_share(rows.hidden_R2I, clip) if clip > 0 else torch.zeros_like(square_R)
-    values_R4 = torch.stack(
-        [torch.ones_like(square_R), square_R / rows.active_RI.shape[-1], output_R, clipped_R], dim=1
-    )
+    clipped_R, looked_R = torch.zeros_like(square_R), torch.zeros_like(square_R)
+    if clip > 0:
+        clipped_R[::EVERY] = clipped_share(rows.hidden_R2I[::EVERY], clip)
+        looked_R[::EVERY] = 1
+    columns = [torch.ones_like(square_R), square_R / rows.active_RI.shape[-1], output_R, clipped_R, looked_R]
+    values_R5 = torch.stack(columns, dim=1)
     if real_N is not None:
-        values_R4 = values_R4[real_N[rows.token_R]]
-        return values_R4.new_zeros(experts, 4).index_add_(0, rows.expert_R[real_N[rows.token_R]], values_R4)
-    return values_R4.new_zeros(experts, 4).index_add_(0, rows.expert_R, values_R4)
+        values_R5 = torch.where(real_N[rows.token_R, None], values_R5, 0.0)  # also where padding is not finite
+    return values_R5.new_zeros(experts, 5).index_add_(0, rows.expert_R, values_R5)
 
 
 def confidence_sums(routing: Routing) -> Tensor:
@@ -109,8 +111,8 @@ def confidence_sums(routing: Routing) -> Tensor:
 
 def expert_metrics(sums: Mapping[int, Tensor], groups: int) -> tuple[dict[str, float], dict[str, str]]:
     """Return figures over all layers, and for some of them where the worst value is."""
-    layers, sums_LE4 = list(sums), torch.stack(list(sums.values())).cpu()
-    counts_LE, rms_LE, output_LE = _by_expert(sums_LE4)
+    layers, sums_LE5 = list(sums), torch.stack(list(sums.values())).cpu()
+    counts_LE, rms_LE, output_LE = _by_expert(sums_LE5)
     cv_L = counts_LE.std(1, unbiased=False) / counts_LE.mean(1)
     group_LG = groups * counts_LE.view(len(layers), groups, -1).sum(-1) / counts_LE.sum(1, keepdim=True)
     dead = int((counts_LE == 0).sum())
@@ -134,8 +136,8 @@ def expert_metrics(sums: Mapping[int, Tensor], groups: int) -> tuple[dict[str, f
 
 def expert_panels(sums: Mapping[int, Tensor], groups: int) -> dict[str, Any]:
     """Return the layer x expert panels."""
-    sums_LE4 = torch.stack(list(sums.values())).cpu()
-    counts_LE, rms_LE, output_LE = (x_LE.nan_to_num(0.0) for x_LE in _by_expert(sums_LE4))
+    sums_LE5 = torch.stack(list(sums.values())).cpu()
+    counts_LE, rms_LE, output_LE = (x_LE.nan_to_num(0.0) for x_LE in _by_expert(sums_LE5))
     load_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
     return {
         "moe_layers": list(sums),
@@ -143,14 +145,14 @@ def expert_panels(sums: Mapping[int, Tensor], groups: int) -> dict[str, Any]:
         "group_load": load_LE.view(len(sums), groups, -1).sum(-1).tolist(),
         "expert_rms": rms_LE.tolist(),
         "expert_output": output_LE.tolist(),
-        "expert_clip": (sums_LE4[..., CLIPPED] / counts_LE.clamp(min=1)).tolist(),
+        "expert_clip": (sums_LE5[..., CLIPPED] / sums_LE5[..., LOOKED].clamp(min=1)).tolist(),
     }
 
 
-def _by_expert(sums_LE4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_expert(sums_LE5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return counts, RMS and output norm (L, E); the latter two are NaN for an idle expert."""
-    counts_LE = sums_LE4[..., COUNT]
-    return counts_LE, (sums_LE4[..., SQUARE] / counts_LE).sqrt(), (sums_LE4[..., OUTPUT] / counts_LE).sqrt()
+    counts_LE = sums_LE5[..., COUNT]
+    return counts_LE, (sums_LE5[..., SQUARE] / counts_LE).sqrt(), (sums_LE5[..., OUTPUT] / counts_LE).sqrt()
 
 
 def _ratios(value_LE: Tensor) -> dict[str, tuple[float, int, int]]:

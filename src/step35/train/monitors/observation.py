@@ -12,8 +12,8 @@ from torch import Tensor
 from step35.config.model import LayerConfig
 from step35.model.context import Context, RoutedRows, Routing
 from step35.train.monitors.attention import AttentionSums, attention_metrics, attention_sums
-from step35.train.monitors.clipping import clipped_share
-from step35.train.monitors.experts import CLIPPED, COUNT, confidence_sums, expert_metrics, expert_panels, expert_sums
+from step35.train.monitors.clipping import EVERY, clipped_share
+from step35.train.monitors.experts import CLIPPED, LOOKED, confidence_sums, expert_metrics, expert_panels, expert_sums
 
 
 class Observation:
@@ -44,7 +44,7 @@ class Observation:
     @torch.no_grad()
     def dense(self, layer: int, clip: float, hidden: Tensor) -> None:
         """See what a dense MLP or shared expert will clip; padding counts."""
-        share = clipped_share(hidden, clip)
+        share = clipped_share(hidden.flatten(0, -2)[::EVERY], clip)
         self.dense_sums[layer] = torch.stack([share.sum(), share.new_tensor(share.numel())])
 
     @torch.no_grad()
@@ -83,8 +83,8 @@ class Observation:
 
     def _clip_shares(self) -> dict[str, float]:
         shares = {
-            f"clip_share.layer_{layer}": float(sums_E4[:, CLIPPED].sum() / sums_E4[:, COUNT].sum().clamp(min=1))
-            for layer, sums_E4 in self.expert_sums.items()
+            f"clip_share.layer_{layer}": float(sums_E5[:, CLIPPED].sum() / sums_E5[:, LOOKED].sum().clamp(min=1))
+            for layer, sums_E5 in self.expert_sums.items()
             if self.clips[layer] > 0
         }
         return {"clip_share": sum(shares.values()) / max(1, len(shares)), **shares}
