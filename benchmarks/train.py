@@ -40,7 +40,6 @@ from step35.model.init import initialise
 from step35.model.step35 import Step35
 from step35.runtime.device import reuse_memory, set_threads
 from step35.runtime.machine import environment
-from step35.train import step as training
 from step35.train.step import Learner
 
 LR = 1e-4
@@ -100,7 +99,7 @@ class Ours:
             mtp_weight=0.0, dtype="float32", balance_rate=0.0,
         )  # fmt: skip
         self.learner = Learner(model, config)
-        self.updating = training.apply_gradients = Stopwatch(training.apply_gradients)
+        self.updating = self.learner.apply = Stopwatch(self.learner.apply)
 
     def step(self, tokens: Tensor) -> tuple[float, float, float]:
         """Take a step on tokens (rows, length); return the loss and the seconds of its passes and of the update."""

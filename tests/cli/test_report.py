@@ -121,7 +121,7 @@ def whole_run(path: Path) -> Path:
             )  # fmt: skip
             if step % 10 == 0:
                 table = [[0.25 + 0.01 * layer * expert for expert in range(4)] for layer in range(3)]
-                metrics.log(step, val_loss=5 / step, expert_load=table, expert_norm=table, expert_rms=table)
+                metrics.log(step, val_loss=5 / step, expert_load=table, expert_output=table, expert_rms=table)
     rl = RunDir(run.path / "rl").metrics
     for step in range(1, 6):
         rl.log(
@@ -146,7 +146,7 @@ def test_every_panel_is_filled(report):
     shown = Page(text).shown
     for part in (
         "train: loss", "sft: loss", "val_loss", "mtp_loss 2", "unigram_loss", "bigram_loss",
-        "learning rate", "gradient norm", "expert load at step 20", "load CV", "expert weight norm",
+        "learning rate", "gradient norm", "expert load at step 20", "load CV", "expert output norm",
         "expert activation RMS", "rl: reward", "entropy", "accept_trajectories", "ratio_max",
         "truncation rate", "value loss", "0.53 – 0.66", "accepted drafts", "speculative_tokens_per_s",
         "PSF", "no_licence", "cores",

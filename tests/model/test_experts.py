@@ -80,30 +80,19 @@ def test_a_few_tokens_without_gradient_give_the_same(experts: Experts) -> None:
         torch.testing.assert_close(experts(x, weights, chosen), experts.reference(x, weights, chosen))
 
 
-def test_statistics_equal_a_count_by_hand(experts: Experts, chosen_NK: Tensor) -> None:
-    x_ND, seen = random(N, D), {}
-    experts.grouped(x_ND, random(N, K, seed=4), chosen_NK, seen)
-    squares: list[list[float]] = [[] for _ in range(E)]
-    changed: list[bool] = []
-    for x, chosen in zip(x_ND, chosen_NK.tolist(), strict=True):
-        for e in chosen:
-            gate, up = (experts.gate_up_proj[e] @ x).split(I)
-            for g, u in zip(F.silu(gate).tolist(), up.tolist(), strict=True):
-                clipped_gate, clipped_up = min(g, 0.5), max(-0.5, min(u, 0.5))
-                squares[e].append((clipped_gate * clipped_up) ** 2)
-                changed.append((clipped_gate, clipped_up) != (g, u))
-    expected = [(sum(s) / len(s)) ** 0.5 if s else 0.0 for s in squares]
-    assert expected[IDLE] == 0
-    torch.testing.assert_close(seen["rms_E"], torch.tensor(expected))
-    assert 0.1 < sum(changed) / len(changed) < 0.9
-    torch.testing.assert_close(seen["clipped"], torch.tensor(sum(changed) / len(changed)))
-
-
-def test_nothing_is_clipped_without_a_limit(experts: Experts, chosen_NK: Tensor) -> None:
-    seen: dict[str, Tensor] = {}
-    experts.clip = 0.0
-    experts.grouped(random(N, D), random(N, K, seed=4), chosen_NK, seen)
-    assert seen["clipped"] == 0
+def test_an_observer_sees_the_rows_of_each_token_and_expert(experts: Experts, chosen_NK: Tensor) -> None:
+    x_ND, seen = random(N, D), []
+    plain = experts.grouped(x_ND, random(N, K, seed=4), chosen_NK)
+    assert torch.equal(experts.grouped(x_ND, random(N, K, seed=4), chosen_NK, seen.append), plain)
+    [rows] = seen
+    pairs = list(zip(rows.token_R.tolist(), rows.expert_R.tolist(), strict=True))
+    assert sorted(pairs) == sorted((n, e) for n, chosen in enumerate(chosen_NK.tolist()) for e in chosen)
+    for (token, expert), hidden, active, out in zip(pairs, rows.hidden_R2I, rows.active_RI, rows.out_RD, strict=True):
+        torch.testing.assert_close(hidden, experts.gate_up_proj[expert] @ x_ND[token])
+        gate, up = hidden.split(I)
+        torch.testing.assert_close(active, F.silu(gate).clamp(max=0.5) * up.clamp(-0.5, 0.5))
+        torch.testing.assert_close(out, experts.down_proj[expert] @ active)
+        assert not out.requires_grad
 
 
 def test_the_gate_is_clipped_after_silu_from_above_and_up_on_both_sides() -> None:

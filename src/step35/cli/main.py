@@ -28,6 +28,7 @@ VERBS = {
     "rl": "reinforcement learning with MIS-PO",
     "eval": "measure held-out accuracy, MTP acceptance and speed",
     "inspect": "say what a model costs: parameters, cache, FLOPs",
+    "clip": "clip the weights of a checkpoint's experts",
     "convert": "rewrite a model: another dtype, FP8 blocks, GGUF for llama.cpp, and back",
     "generate": "continue a text",
     "chat": "talk to a model that can use tools",

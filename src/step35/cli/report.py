@@ -19,6 +19,11 @@ from step35.runtime.disk import write_text
 from step35.runtime.metrics import read_metrics
 
 ORDER = ("train", "sft", "rl")
+EXPERT_PANELS = (
+    ("expert_output", "expert output norm"),
+    ("expert_rms", "expert activation RMS"),
+    ("expert_down_norm", "expert down-projection norm"),
+)
 """The demo's stages; those of a recipe are numbered."""
 
 
@@ -134,7 +139,7 @@ def _experts(findings: Findings) -> str:
 def _expert_health(findings: Findings) -> str:
     drawings = []
     for stage in findings.trained:
-        for key, label in (("expert_norm", "expert weight norm"), ("expert_rms", "expert activation RMS")):
+        for key, label in EXPERT_PANELS:
             records = [record for record in findings.metrics[stage] if record.get(key)]
             if records:
                 steps = [record.get("step", 0) for record in records]

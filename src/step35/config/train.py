@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from step35.config.base import Config, Trackers
 from step35.config.checkpoint import CheckpointConfig
+from step35.config.stability import StabilityConfig
 
 
 class MuonConfig(Config):
@@ -97,6 +98,9 @@ class TrainConfig(Config):
     """Updates between records of every expert's load, activation and norm."""
     track: Trackers = ()
     """Trackers that get the metrics too; may change when a run is resumed."""
+
+    stability: StabilityConfig = StabilityConfig()
+    """Monitors, alarms and their actions."""
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> TrainConfig:

@@ -141,6 +141,7 @@ class TokenShards:
         self._dtype = np.dtype(index["dtype"])
         self._shards: list[dict[str, Any]] = index["shards"]
         self._maps = [self._map(shard) for shard in self._shards]
+        self._checked: set[int] = set()
         self._borders: list[int] = [0, *accumulate(shard["tokens"] for shard in self._shards)]
         self.total_tokens = self._borders[-1]
         if self.total_tokens != index["total_tokens"]:
@@ -164,12 +165,16 @@ class TokenShards:
             yield self.slice(start, length)
 
     def slice(self, start: int, length: int) -> np.ndarray[Any, Any]:
-        """Return tokens start .. start+length-1 of the stream; raises IndexError outside it."""
+        """Return tokens start .. start+length-1 of the stream; raises IndexError outside it.
+
+        A shard is checked when it is first read from, which raises `DataError` if it is damaged.
+        """
         if start < 0 or length < 0 or start + length > self.total_tokens:
             raise IndexError(f"tokens {start}..{start + length - 1} are not in 0..{self.total_tokens - 1}")
         parts = []
         shard = bisect_right(self._borders, start) - 1
         while length > 0:
+            self._check(shard)
             offset = start - self._borders[shard]
             part = self._maps[shard][offset : offset + length]
             parts.append(part)
@@ -178,9 +183,15 @@ class TokenShards:
 
     def verify(self) -> None:
         """Read everything and compare checksums; raises `DataError` naming the first damaged shard."""
-        for shard, tokens in zip(self._shards, self._maps, strict=True):
-            if zlib.crc32(tokens.data) != shard["crc32"]:
-                raise DataError(_damaged(self.folder, f"{shard['name']}.bin does not match its checksum"))
+        self._checked.clear()
+        for number in range(len(self._shards)):
+            self._check(number)
+
+    def _check(self, number: int) -> None:
+        shard = self._shards[number]
+        if number not in self._checked and zlib.crc32(self._maps[number].data) != shard["crc32"]:
+            raise DataError(_damaged(self.folder, f"{shard['name']}.bin does not match its checksum"))
+        self._checked.add(number)
 
     def _map(self, shard: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self.folder / f"{shard['name']}.bin"

@@ -40,4 +40,6 @@ class Attention(nn.Module):
         q, k = qk.split([layer.heads, layer.kv_heads], dim=-2)
         y_BTHC = context.attend(layer, q, k, v)
         gate_BTH = torch.sigmoid(self.gate_proj(x_BTD))
+        if context.observer is not None:
+            context.observer.attention(layer, context, q.detach(), k.detach(), gate_BTH.detach())
         return self.o_proj((y_BTHC * gate_BTH[..., None]).flatten(-2))

@@ -27,4 +27,6 @@ class Block(nn.Module):
     def forward(self, h_BTD: Tensor, context: Context) -> Tensor:
         h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), context)
         x_BTD = self.ffn_norm(h_BTD)
-        return h_BTD + (self.moe(x_BTD, context) if self.moe else self.mlp(x_BTD))
+        if self.moe:
+            return h_BTD + self.moe(x_BTD, context)
+        return h_BTD + self.mlp(x_BTD, context.observe_dense(self.attention.layer.index, self.mlp.clip))

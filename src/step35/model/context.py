@@ -1,11 +1,14 @@
 """What all layers of one forward pass share: positions, document borders, rotary tables, masks, caches, records."""
 
-# B batch  T tokens  S cached keys  K kv heads  C head dim  E experts  N tokens of all rows
+# B batch  T tokens  S cached keys  H query heads  K kv heads  C head dim  E experts  N tokens of all rows
+# R routed rows  I expert hidden  D model
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +35,35 @@ class Routing:
     """Sigmoid scores, fp32, with gradient."""
     experts_NK: Tensor
     """Chosen experts."""
-    expert_rms_E: Tensor | None = None
-    """RMS of each expert's clipped intermediate activation over its tokens (0 for an idle expert)."""
-    clipped: Tensor | None = None
-    """Share of routed activations that the clip changed."""
+
+
+class Observer(Protocol):
+    """Is shown what layers compute, to keep statistics of it (`train/monitors/`); it changes nothing."""
+
+    def attention(self, layer: LayerConfig, context: Context, q_BTHC: Tensor, k_BTKC: Tensor, gate_BTH: Tensor) -> None:
+        """See one layer's normed and rotated queries and keys, and its gates after the sigmoid."""
+        ...
+
+    def experts(self, layer: int, clip: float, rows: RoutedRows) -> None:
+        """See one MoE layer's routed rows."""
+        ...
+
+    def dense(self, layer: int, clip: float, hidden: Tensor) -> None:
+        """See gate and up, packed in the last dimension, of a dense MLP or shared expert before clipping."""
+        ...
+
+
+class RoutedRows(NamedTuple):
+    """The rows of one MoE layer, sorted by expert: one for each token and each of its experts."""
+
+    expert_R: Tensor
+    token_R: Tensor
+    hidden_R2I: Tensor
+    """Gate and up before SiLU and clipping."""
+    active_RI: Tensor
+    """The intermediate activation: what the down projection reads."""
+    out_RD: Tensor
+    """The expert's output before the router's weight."""
 
 
 @dataclass
@@ -49,15 +77,24 @@ class Context:
     """Positions of the cached keys; unwritten slots lie after every query, hence are never seen."""
     routing: list[Routing] | None = None
     """When a list, every MoE layer appends its record."""
+    observer: Observer | None = None
+    """Is shown what the layers compute; its views of MoE layers need `routing`."""
     _memo: dict[object, object] = field(default_factory=dict)
 
     @classmethod
-    def packed(cls, tokens_BT: Tensor, segments_BT: Tensor | None = None, *, record: bool = False) -> Context:
+    def packed(
+        cls,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        *,
+        record: bool = False,
+        observer: Observer | None = None,
+    ) -> Context:
         """Return the context of a whole sequence per row, positions counted from the start of the row."""
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
         if segments_BT is None:
             segments_BT = torch.zeros_like(tokens_BT)
-        return cls(positions, kernels.documents(segments_BT), routing=[] if record else None)
+        return cls(positions, kernels.documents(segments_BT), routing=[] if record else None, observer=observer)
 
     def rope(self, layer: LayerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the layer's rotary cos and sin, computed once per kind of layer."""
@@ -78,6 +115,22 @@ class Context:
         if path == "banded":
             return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
         return kernels.attend(q_BTHC, k_BTKC, v_BTKC, mask)
+
+    def seen_from(self, rows_S: Tensor, window: int | None) -> Tensor:
+        """Return (B, S, T), 0 where the query at a row of `rows_S` sees the key, else -inf; the same rows every time.
+
+        For passes without a cache.
+        """
+        key = ("seen from", window)
+        if key not in self._memo:
+            seen = kernels.visible(self.positions_BT[:, rows_S], self.positions_BT, window)
+            seen = seen & kernels.same_document(self.segments_BT[:, rows_S], self.segments_BT)
+            self._memo[key] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+        return self._memo[key]
+
+    def observe_dense(self, layer: int, clip: float) -> Callable[[Tensor], None] | None:
+        """Return what a dense MLP is to show its gate and up to; None when nobody looks, or nothing is clipped."""
+        return partial(self.observer.dense, layer, clip) if self.observer is not None and clip > 0 else None
 
     def _path(self, window: int | None) -> str:
         """Return how to attend: in bands where a window hides keys, else by documents unless they are short."""

@@ -7,12 +7,14 @@ All compute sum_k weight_k * down_{e_k}(swiglu(gate_up_{e_k}(x))); tests hold th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step35.model.context import RoutedRows
 from step35.model.mlp import swiglu
 
 FEW_TOKENS = 16
@@ -39,9 +41,16 @@ class Experts(nn.Module):
         return path(x_ND, weights_NK, chosen_NK)
 
     def grouped(
-        self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor, statistics: dict[str, Tensor] | None = None
+        self,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        chosen_NK: Tensor,
+        observe: Callable[[RoutedRows], None] | None = None,
     ) -> Tensor:
-        """Sort the rows by expert once, so that each expert's tokens are one block of a grouped product."""
+        """Sort the rows by expert once, so that each expert's tokens are one block of a grouped product.
+
+        `observe` is shown the rows, detached.
+        """
         experts, top_k = len(self.down_proj), chosen_NK.shape[1]
         order_R = chosen_NK.flatten().argsort(stable=True)
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_ND.device))
@@ -50,9 +59,10 @@ class Experts(nn.Module):
         rows_RD = Permutation.apply(x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1), order_R, place_R)
         hidden = _grouped_product(rows_RD, self.gate_up_proj, ends_E)
         active = swiglu(hidden, self.clip)
-        if statistics is not None:
-            statistics.update(_statistics(hidden.detach(), active.detach(), counts_E, self.clip))
         out_RD = _grouped_product(active, self.down_proj, ends_E)
+        if observe is not None:
+            expert_R = chosen_NK.flatten()[order_R]
+            observe(RoutedRows(expert_R, order_R // top_k, hidden.detach(), active.detach(), out_RD.detach()))
         out_NKD = Permutation.apply(out_RD, place_R, order_R).unflatten(0, chosen_NK.shape)
         return torch.einsum("nkd,nk->nd", out_NKD, weights_NK.to(x_ND.dtype))
 
@@ -99,14 +109,3 @@ class Permutation(torch.autograd.Function):
 def _grouped_product(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply the e-th block of rows by weight[e]^T; `ends_E` holds where each block ends."""
     return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends_E)
-
-
-def _statistics(hidden: Tensor, active: Tensor, counts_E: Tensor, clip: float) -> dict[str, Tensor]:
-    """Return each expert's activation RMS and the share of activations that the clip changed."""
-    expert_R = torch.repeat_interleave(torch.arange(len(counts_E), device=hidden.device), counts_E)
-    square_R = active.float().square().mean(-1)
-    square_E = torch.zeros(len(counts_E), device=hidden.device).index_add_(0, expert_R, square_R)
-    rms_E = (square_E / counts_E.clamp(min=1)).sqrt()
-    gate, up = hidden.chunk(2, dim=-1)
-    over = (F.silu(gate) > clip) | (up.abs() > clip) if clip > 0 else torch.zeros(1)
-    return {"rms_E": rms_E, "clipped": over.float().mean()}

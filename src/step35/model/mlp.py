@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,5 +32,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
         self.clip = clip
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x), self.clip))
+    def forward(self, x: Tensor, observe: Callable[[Tensor], None] | None = None) -> Tensor:
+        hidden = self.gate_up_proj(x)
+        if observe is not None:
+            observe(hidden.detach())
+        return self.down_proj(swiglu(hidden, self.clip))

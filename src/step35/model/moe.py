@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from step35.config.model import LayerConfig, ModelConfig
@@ -29,7 +31,9 @@ class MoE(nn.Module):
         if context.routing is None:
             routed = self.experts(x_ND, weights_NK, chosen_NK)
         else:
-            seen: dict[str, Tensor] = {}
-            routed = self.experts.grouped(x_ND, weights_NK, chosen_NK, seen)
-            context.routing.append(Routing(self.index, probabilities_NE, chosen_NK, seen["rms_E"], seen["clipped"]))
-        return (routed + self.shared(x_ND)).view_as(x_BTD)
+            context.routing.append(Routing(self.index, probabilities_NE, chosen_NK))
+            watching = context.observer is not None
+            observe = partial(context.observer.experts, self.index, self.experts.clip) if watching else None
+            routed = self.experts.grouped(x_ND, weights_NK, chosen_NK, observe)
+        shared = self.shared(x_ND, context.observe_dense(self.index, self.shared.clip))
+        return (routed + shared).view_as(x_BTD)

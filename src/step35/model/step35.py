@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from step35.config.model import ModelConfig
 from step35.model.block import Block
 from step35.model.context import Context
+from step35.model.experts import Experts
 from step35.model.linear import Linear
 from step35.model.mtp import MTPModule
 from step35.model.norm import RMSNorm
@@ -54,6 +55,10 @@ class Step35(nn.Module):
     def router(self, layer: int) -> Router:
         """Return the router of MoE layer `layer`."""
         return self.layers[layer].moe.router
+
+    def experts(self, layer: int) -> Experts:
+        """Return the routed experts of MoE layer `layer`."""
+        return self.layers[layer].moe.experts
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return token embeddings (B, T, D) in the compute dtype."""

@@ -88,16 +88,31 @@ def apply_gradients(
     """
     parameters = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        drop_gradients(optimisers)
+        raise diverged(loss, norm, where)
+    step_optimisers(optimisers, lr)
+    return norm
+
+
+def step_optimisers(optimisers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+    """Apply the gradients at rate `lr` and drop them."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = lr
-        if finite:
-            optimiser.step()
+        optimiser.step()
+    drop_gradients(optimisers)
+
+
+def drop_gradients(optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """Forget the gradients."""
+    for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
-    if not finite:
-        raise DivergedError(
-            f"{where}: loss={loss}, gradient norm={norm}. The update was not applied. Look at the curves "
-            "(`step35 runs plot`), and start a run of its own (another --out) with a lower learning rate."
-        )
-    return norm
+
+
+def diverged(loss: float, norm: float, where: str) -> DivergedError:
+    """Return the error of a loss or gradient that is not finite."""
+    return DivergedError(
+        f"{where}: loss={loss}, gradient norm={norm}. The update was not applied. Look at the curves "
+        "(`step35 runs plot`), and start a run of its own (another --out) with a lower learning rate."
+    )

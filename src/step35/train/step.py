@@ -14,15 +14,16 @@ from step35.config.model import ModelConfig
 from step35.config.train import TrainConfig
 from step35.data.packing import Batch
 from step35.errors import ConfigError
-from step35.model.context import Context, Routing
+from step35.model.context import Context
 from step35.model.init import clone_mtp
 from step35.model.step35 import Step35
 from step35.runtime.device import compute_dtype
 from step35.train import loss as losses
 from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
-from step35.train.groups import apply_gradients, build_optimisers
+from step35.train.groups import build_optimisers, diverged, drop_gradients, step_optimisers
 from step35.train.master import Masters
-from step35.train.monitors import experts as expert_monitor
+from step35.train.monitors.matrices import norms
+from step35.train.monitors.monitor import Monitor
 from step35.train.schedule import balance_rate, learning_rate
 
 
@@ -33,6 +34,8 @@ class Tally:
     loss: float = 0.0
     mtp: list[float] = field(default_factory=list)
     balance: float = 0.0
+    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Norm of the accumulated gradient."""
     counts: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -48,12 +51,25 @@ class Learner:
             parameter.requires_grad_(not (config.freeze_router and "router." in name))
         self.masters = Masters(model, getattr(torch, config.param_dtype))
         self.optimisers = build_optimisers(self.masters.named, model.config, config)
-        self.routing: list[Routing] = []
+        names = {id(parameter): name for name, parameter in self.masters.named.items()}
+        self.trained = {names[id(p)]: p for o in self.optimisers for group in o.param_groups for p in group["params"]}
+        """The weights that the optimisers update, in their order."""
+        self.monitor = Monitor(model, config, self.trained)
+        self.tally = Tally()
 
     def update(self, batch: Batch, step: int) -> dict[str, Any]:
         """Take one step and return its metrics; raise `DivergedError` before a non-finite gradient is applied."""
+        metrics = self.accumulate(batch, step)
+        if metrics["non_finite"]:
+            self.drop()
+            raise diverged(metrics["loss"], metrics["grad_norm"], f"step {step}")
+        return metrics | self.apply(step)
+
+    def accumulate(self, batch: Batch, step: int) -> dict[str, Any]:
+        """Run forward and backward over the batch; return its metrics. `apply` or `drop` must follow."""
         modules = self._active_mtp(step)
-        tally = Tally(mtp=[0.0] * modules)
+        self.tally = tally = Tally(mtp=[0.0] * modules)
+        self.monitor.start()
         tokens, segments, targets = (
             torch.as_tensor(x, device=self.model.embed_tokens.weight.device)
             for x in (batch.tokens, batch.segments, batch.targets)
@@ -63,21 +79,23 @@ class Learner:
         for start in range(0, len(tokens), rows):
             cut = slice(start, start + rows)
             self._accumulate(tokens[cut], segments[cut], targets[cut], totals, tally, len(tokens[cut]) / len(tokens))
+        tally.norm, by_name = norms({name: p.grad for name, p in self.trained.items() if p.grad is not None})
+        health = self.monitor.before_update(tally.loss, tally.norm.item(), by_name)
+        return {"loss": tally.loss, "mtp_loss": tally.mtp, "balance_loss": tally.balance, **health}
+
+    def apply(self, step: int) -> dict[str, Any]:
+        """Clip and apply what was accumulated, and move the router's bias; return what is measured of the update."""
         lr = learning_rate(self.config, step)
-        norm = apply_gradients(
-            self.optimisers, lr=lr, clip=self.config.grad_clip, loss=tally.loss, where=f"step {step}"
-        )
+        sample = self.monitor.sample()
+        torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.grad_clip, self.tally.norm)
+        step_optimisers(self.optimisers, lr)
         self.masters.publish()
-        self._move_bias(tally.counts, balance_rate(self.config, step))
-        health = expert_monitor.load_metrics(self.routing) if self.routing else {}
-        return {
-            "loss": tally.loss,
-            "mtp_loss": tally.mtp,
-            "lr": lr,
-            "grad_norm": norm,
-            "balance_loss": tally.balance,
-            **health,
-        }
+        self._move_bias(self.tally.counts, balance_rate(self.config, step))
+        return {"lr": lr, **self.monitor.after_update(sample, lr)}
+
+    def drop(self) -> None:
+        """Forget what was accumulated: parameters, optimisers and router bias stay as they are."""
+        drop_gradients(self.optimisers)
 
     def _active_mtp(self, step: int) -> int:
         """Return how many MTP modules train at `step`, cloning the later ones when they join."""
@@ -94,10 +112,11 @@ class Learner:
     ) -> None:
         """Run forward and backward on one micro-batch that is `share` of the batch."""
         model, config = self.model, self.config
-        context = Context.packed(tokens, segments, record=True)
+        context = Context.packed(tokens, segments, record=True, observer=self.monitor.observe(segments))
         h_BTD = model.trunk(tokens, context)
         loss = losses.prediction_loss(model.norm(h_BTD), model.lm_head.weight, tokens, segments, targets) / totals[0]
-        tally.loss += loss.item()
+        main_loss = loss.item()
+        tally.loss += main_loss
         weights = losses.mtp_weights(config.mtp_weight, config.mtp_decay, len(tally.mtp))
         for k, g_BTD in enumerate(model.mtp_states(tokens, h_BTD, context, len(tally.mtp))):
             module = model.mtp[k]
@@ -105,12 +124,13 @@ class Learner:
             mtp = losses.prediction_loss(normed, module.head.weight, tokens, segments, targets, ahead=k + 2)
             loss = loss + weights[k] * mtp / totals[k + 1]
             tally.mtp[k] += mtp.item() / totals[k + 1]
-        self.routing = without_padding(context.routing or [], segments)
-        if config.ep_weight and not config.freeze_router and self.routing:
-            balance = torch.stack([group_balance_loss(r, config.ep_groups) for r in self.routing]).mean()
+        routing = without_padding(context.routing or [], segments)
+        self.monitor.micro_batch(main_loss, routing)
+        if config.ep_weight and not config.freeze_router and routing:
+            balance = torch.stack([group_balance_loss(r, config.ep_groups) for r in routing]).mean()
             loss = loss + share * config.ep_weight * balance
             tally.balance += share * balance.item()
-        for r in self.routing:
+        for r in routing:
             tally.counts[r.layer] = tally.counts.get(r.layer, 0) + expert_counts(r)
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -120,25 +140,28 @@ class Learner:
         for layer, counts_E in counts.items():
             update_bias(self.model.router(layer).bias, counts_E, rate)
 
-    def panels(self) -> dict[str, Any]:
-        """Return the layer x expert panels of the last micro-batch."""
-        return expert_monitor.panels(self.routing, self.model)
+    def details(self) -> dict[str, Any]:
+        """Return the layer x expert panels of the last step, and its figures by matrix class."""
+        return self.monitor.details()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the step number."""
         return {
             "model": {**self.model.state_dict(), **self.masters.state_dict()},
             "optimisers": [o.state_dict() for o in self.optimisers],
+            "monitor": self.monitor.state_dict(),
             "dtype": str(self.model.compute_dtype).removeprefix("torch."),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Take up a saved state; one without monitors starts them anew."""
         self.model.load_state_dict(state["model"])
         self.masters.load_state_dict(state["model"])
         self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+        if "monitor" in state:
+            self.monitor.load_state_dict(state["monitor"])
 
 
 def check_groups(model: ModelConfig, config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
 from step35.runtime.saver import Saver
 from step35.runtime.signals import interruptible
+from step35.train.guard import Guard, Position
 from step35.train.step import Learner
 
 
@@ -39,32 +40,38 @@ def train(
     learner = Learner(model, config)
     restored = resume(learner, run, console)
     if start and not restored:
-        learner.load_state_dict(start)
-    first, row = restored.get("step", 0), restored.get("row", 0)
+        # Not its running means: another stage's loss is another level, and no spike.
+        learner.load_state_dict({key: value for key, value in start.items() if key != "monitor"})
+    at = Position.of(restored)
     with (
-        console.stage(name, config.steps, "step", done=first) as stage,
+        console.stage(name, config.steps, "step", done=at.step) as stage,
         interruptible() as interrupted,
         Saver(run, config.checkpoints, console) as saver,
     ):
-        for step in range(first, config.steps):
+        guard = Guard(learner, at, config, run, console, saver)
+        if config.stability.rolls_back and not restored:
+            guard.save()  # something to go back to before the first checkpoint is due
+        while at.step < config.steps:
             saver.check()
-            started = time.perf_counter()
-            rows = config.rows_at(step)
-            metrics = learner.update(loader.rows(row, rows), step)
-            done, row = step + 1, row + rows
+            started, rows = time.perf_counter(), config.rows_at(at.step)
+            metrics = guard.advance(loader)
+            done = at.step
+            if metrics is None:
+                stage.advance(done - stage.done)
+                continue
             rate = rows * config.context / (time.perf_counter() - started)
             if validate and (done % config.validate_every == 0 or done == config.steps):
                 metrics["val_loss"] = validate()
             if done % config.monitor_every == 0 or done == config.steps:
-                metrics.update(learner.panels())
+                metrics.update(learner.details())
             run.metrics.log(done, tokens=config.tokens_until(done), tokens_per_s=rate, **metrics)
             stopping = interrupted()  # asked once: a signal between two looks would leave without saving
             if done % config.checkpoint_every == 0 or done == config.steps or stopping:
-                saver.save(done, {"step": done, "row": row, **learner.state_dict()})
+                guard.save()
             if stopping:
                 saver.wait()
                 interrupted.leave(run, done)
-            stage.advance(1, f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s")
+            stage.advance(done - stage.done, f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s")
     return model
 
 
