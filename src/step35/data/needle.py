@@ -32,19 +32,20 @@ class Needle:
 
 
 def document(index: int, *, seed: int, characters: int = 700) -> str:
-    """Return training text number `index` of about `characters` characters: filler, a number, and its recalls.
+    """Return training text number `index` of about `characters` characters: filler, a number, and three recalls.
 
-    Three recalls, however long the text is: the longer, the farther back the model must look.
+    The number stands in the first half and its recalls in the second, so that a model must look far back: where a
+    sliding window reaches, nothing else learns to.
     """
     draw = random.Random(f"needle/{seed}/{index}")
     number = _number(draw, in_probe=False)
     lines = [_filler(draw)]
     while sum(map(len, lines)) + len(lines) < characters - 120:  # what the number and its recalls take
         lines.append(_filler(draw))
-    places = sorted(draw.randrange(len(lines) + 1) for _ in range(4))
-    for place in reversed(places[1:]):
+    half = len(lines) // 2
+    for place in sorted((draw.randrange(half, len(lines) + 1) for _ in range(3)), reverse=True):
         lines.insert(place, f"{_QUESTION} {number}.")
-    lines.insert(places[0], _fact(number))
+    lines.insert(draw.randrange(half + 1), _fact(number))
     return "\n".join(lines) + "\n"
 
 
