@@ -1,9 +1,9 @@
 """Local activation blow-up of a late expert, and what clipping does about it (report section 4.1, third; Figure 4).
 
 A tenth of the tokens are "A", which "B" always follows. The last layer's expert that gets A has a gradient of one
-constant direction, and however small that gradient becomes, Muon's update keeps its size: gate, up and down grow along
-it, and the expert's output grows with their product. Pre-norm lets it: the final norm takes the size away again, so that
-the loss stays flat. Four runs that differ in one thing each:
+constant direction, and however small that gradient becomes, Muon's update keeps its size: gate, up and down grow
+along it, and the expert's output with their product. Pre-norm lets it: the final norm takes the size away again, so
+that the loss stays flat. Four runs, alike but for:
 
     no bi-gram           the same corpus without A: how far experts grow anyway
     no clipping
@@ -12,7 +12,7 @@ the loss stays flat. Four runs that differ in one thing each:
 
     python experiments/blow_up.py [--steps 1500] [--seed 0] [--out FOLDER]
 
-About 8 minutes on one core. Writes blow_up.json and blow_up.png; the last line is JSON.
+About 8 minutes on one idle core. Writes blow_up.json and blow_up.png; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from corpus import A, Corpus
-from small_run import Curves, arguments, run_all, small_model, small_training, train_small, write
+from small_run import Curves, arguments, late_means, run_all, small_model, small_training, train_small, write
 
 from step35.model.context import Context
 from step35.model.step35 import Step35
@@ -34,8 +34,8 @@ from step35.train.weight_clipping import clip_weights, largest_products
 
 BIGRAM_SHARE = 0.1
 """Of all tokens. Two of 16 experts are chosen, so an expert's fair share of tokens is 1/8."""
-LATE = 3
-"""The last layer."""
+FIRST_MOE, LATE = 1, 3
+"""The first and the last layer with experts."""
 TAU = 10.0
 """About 1.5 times the median expert's max |W x| in the first 400 steps (6.6 gate, 6.8 up, 3.8 to 6.7 down)."""
 LIMIT = 3.0
@@ -57,7 +57,7 @@ def main() -> None:
             "activation clipping": lambda: run(limit=LIMIT, **common),
         }
     )
-    figure(curves, args.out / "blow_up.png")
+    draw(curves, args.out / "blow_up.png")
     settings = {"bigram_share": BIGRAM_SHARE, "tau": TAU, "clip_every": CLIP_EVERY, "limit": LIMIT, "layer": LATE}
     write(args.out, "blow_up", settings, {name: summary(run_curves) for name, run_curves in curves.items()}, curves)
 
@@ -108,25 +108,25 @@ def tokens_of_bigram(model: Step35, batch: Any, figures: dict[str, Any]) -> floa
 
 def summary(curves: Curves) -> dict[str, float]:
     """Return the means over the last third of a run, and its peak."""
-    last = slice(len(curves["step"]) * 2 // 3, None)
-    means = {key: sum(values[last]) / len(values[last]) for key, values in curves.items() if key != "step"}
     ratio = [high / middle for high, middle in zip(curves["max"], curves["median"], strict=True)]
-    return {**means, "max_to_median": sum(ratio[last]) / len(ratio[last]), "peak_max": max(curves["max"])}
+    means = late_means({**curves, "max_to_median": ratio})
+    return {**means, "peak_max": max(curves["max"])}
 
 
-def figure(curves: dict[str, Curves], path: Path) -> None:
+def draw(curves: dict[str, Curves], path: Path) -> None:
     """Draw the loudest and the median expert, the loss, and the ratio of weight norms."""
-    _, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for colour, (name, values) in zip(("tab:gray", "tab:red", "tab:orange", "tab:blue"), curves.items(), strict=True):
-        axes[0].plot(values["step"], values["max"], color=colour, label=f"{name}, max")
+        axes[0].plot(values["step"], values["max"], color=colour, label=name)
         axes[0].plot(values["step"], values["median"], ":", color=colour)
         axes[1].plot(values["step"], values["loss"], color=colour, label=name)
         axes[2].plot(values["step"], values["weight_ratio"], color=colour, label=name)
-    axes[0].set(yscale="log", xlabel="step", title="last layer: expert output norm, max and median (dotted)")
-    axes[1].set(xlabel="step", ylim=(1.8, 2.4), title="loss (the corpus without bi-gram has another)")
-    axes[2].set(xlabel="step", title="last layer: weight norm of up, max / median")
+    axes[0].set(yscale="log", xlabel="step", title="expert output norm (median dotted)")
+    axes[1].set(xlabel="step", ylim=(1.8, 2.4), title="loss")
+    axes[2].set(xlabel="step", title="norm of up projections, max / median")
     axes[0].legend(fontsize=7)
-    plt.savefig(path, dpi=80)
+    figure.suptitle("last layer, 16 experts")
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

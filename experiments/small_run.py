@@ -98,6 +98,12 @@ def run_all(runs: dict[str, Callable[[], Curves]]) -> dict[str, Curves]:
     return curves
 
 
+def late_means(curves: Curves) -> dict[str, float]:
+    """Return the mean of every figure over the last third of a run."""
+    last = slice(len(curves["step"]) * 2 // 3, None)
+    return {key: sum(values[last]) / len(values[last]) for key, values in curves.items() if key != "step"}
+
+
 def write(out: Path, name: str, settings: dict[str, Any], findings: dict[str, Any], curves: dict[str, Curves]) -> None:
     """Write `out`/`name`.json and print the findings as the last line."""
     result = {
