@@ -25,9 +25,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+
 from corpus import A, Corpus
 from small_run import Curves, arguments, late_means, run_all, small_model, small_training, train_small, write
-
 from step35.model.context import Context
 from step35.model.step35 import Step35
 from step35.train.weight_clipping import clip_weights, largest_products

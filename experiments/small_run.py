@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
 
+from corpus import Corpus
 from step35.config.layouts import s3f1
 from step35.config.model import ModelConfig
 from step35.config.train import TrainConfig
