@@ -1,0 +1,103 @@
+"""Experts that collapse while router statistics look healthy (report section 4.1, second).
+
+Does an expert that is still routed to die away when the routed experts count for little beside the shared one, or when
+a balance loss forces every micro-batch to be spread over all experts? Eight domains, a micro-batch is one row of one
+domain, and three runs with the loss-free bias:
+
+    healthy                 router scale 2, no balance loss
+    small routed scale      router scale 0.02: the shared expert is left to do the work
+    tight micro-batch loss  eq. 1 over single experts (16 groups) in every micro-batch of one row, weight 1
+
+Weight decay is 1 instead of 0.1: what does not learn shrinks over 1 / (rate * decay) steps, 500 here, which a short run
+would otherwise not reach (the report's run lasts several such times).
+
+    python experiments/collapse.py [--steps 800] [--seed 0] [--out FOLDER]
+
+About 6 minutes on one idle core. Writes collapse.json and collapse.png; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from corpus import Corpus
+from small_run import Curves, arguments, late_means, run_all, small_model, small_training, train_small, write
+from step35.model.step35 import Step35
+
+RUNS: dict[str, dict[str, Any]] = {
+    "healthy": {},
+    "small routed scale": {"scale": 0.02},
+    "tight micro-batch loss": {"weight": 1.0},
+}
+QUIET, BUSY = 0.1, 0.5
+"""A collapsed expert: activation RMS below 0.1 of its layer's median, with at least half an even share of the load."""
+
+
+def main() -> None:
+    args = arguments(__doc__, steps=800)
+    args.out.mkdir(parents=True, exist_ok=True)
+    curves = run_all(
+        {
+            name: lambda changes=changes: run(args.steps, args.every, args.seed, **changes)
+            for name, changes in RUNS.items()
+        }
+    )
+    draw(curves, args.out / "collapse.png")
+    write(args.out, "collapse", {"runs": RUNS}, {name: late_means(values) for name, values in curves.items()}, curves)
+
+
+def run(steps: int, every: int, seed: int, scale: float = 2.0, weight: float = 0.0) -> Curves:
+    """Train once with this router scale and weight of the balance loss."""
+    train = small_training(
+        steps=steps, seed=seed, batch_rows=4, micro_rows=1, context=256, lr=2e-3, weight_decay=1.0,
+        ep_groups=16, ep_weight=weight,
+    )  # fmt: skip
+    model = small_model(moe_router_scaling_factor=scale)
+    return train_small(model, train, Corpus(domains=8, seed=seed), every=every, record=health)
+
+
+def health(model: Step35, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss, what routing shows, and what the experts show (worst layer; busy experts)."""
+    medians, busy_min, collapsed = [], [], 0
+    for rms, loads in zip(figures["expert_rms"], figures["expert_load"], strict=True):
+        median = sorted(rms)[(len(rms) - 1) // 2]
+        medians.append(median)
+        ratios = [value / median for value, load in zip(rms, loads, strict=True) if load >= BUSY / len(rms)]
+        busy_min.append(min(ratios, default=1.0))
+        collapsed += sum(ratio < QUIET for ratio in ratios)
+    return {
+        "loss": figures["loss"],
+        "load_cv": figures["load_cv"],
+        "dead_experts": figures["dead_experts"],
+        "rms_min_to_median": min(busy_min),
+        "collapsed_experts": collapsed,
+        "norm_min_to_median": figures["expert_norm_min_ratio"],
+        "rms_median": sum(medians) / len(medians),
+    }
+
+
+def draw(curves: dict[str, Curves], path: Path) -> None:
+    """Draw what routing shows beside what the experts show."""
+    titles = {
+        "load_cv": "load of experts: std / mean",
+        "rms_min_to_median": "activation RMS of busy experts, min / median",
+        "rms_median": "activation RMS of the median expert",
+        "loss": "loss",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    for name, values in curves.items():
+        for axis, (key, title) in zip(axes, titles.items(), strict=True):
+            axis.plot(values["step"], values[key], label=name)
+            axis.set(xlabel="step", title=title, yscale="log" if key.startswith("rms") else "linear")
+    axes[0].legend()
+    figure.savefig(path, dpi=70)
+
+
+if __name__ == "__main__":
+    main()
