@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser interop bench-model bench-train check format clean
+.PHONY: demo test test-slow test-browser interop bench-model bench-train experiments check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -34,6 +34,14 @@ bench-model: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[oracle]"
 	$(BIN)/python benchmarks/train.py
+
+# Claims of the report at small scale, with figures; about half an hour on one core.
+experiments: $(STAMP)
+	$(BIN)/python experiments/polar_precision.py
+	$(BIN)/python experiments/blow_up.py
+	$(BIN)/python experiments/collapse.py
+	$(BIN)/python experiments/collapse.py --high-rate
+	$(BIN)/python experiments/balance.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ About 6 minutes on one core. Writes balance.json and balance.png; the last line 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,14 @@ RUNS = {"none": (0.0, 0.0), "bias": (RATE, 0.0), "EP loss": (0.0, WEIGHT), "both
 def main() -> None:
     args = arguments(__doc__, steps=1000)
     args.out.mkdir(parents=True, exist_ok=True)
-    curves = run_all(
-        {
-            name: lambda rate=rate, weight=weight: run(rate, weight, args.steps, args.every, args.seed)
-            for name, (rate, weight) in RUNS.items()
-        }
-    )
+    common = {"steps": args.steps, "every": args.every, "seed": args.seed}
+    curves = run_all({name: partial(run, rate, weight, **common) for name, (rate, weight) in RUNS.items()})
     draw(curves, args.out / "balance.png")
     settings = {"runs": RUNS, "ep_groups": GROUPS}
     write(args.out, "balance", settings, {name: late_means(values) for name, values in curves.items()}, curves)
 
 
-def run(rate: float, weight: float, steps: int, every: int, seed: int) -> Curves:
+def run(rate: float, weight: float, *, steps: int, every: int, seed: int) -> Curves:
     """Train once."""
     train = small_training(
         steps=steps, seed=seed, lr=2e-3, balance_rate=rate, ep_weight=weight, ep_groups=GROUPS, micro_rows=4

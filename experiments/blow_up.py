@@ -17,6 +17,7 @@ About 8 minutes on one idle core. Writes blow_up.json and blow_up.png; the last 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,19 @@ CLIP_EVERY = 100
 PROBE_STEP = 1_000_000
 """Number of the batch that is looked at for clipping and routing; never trained on."""
 
+RUNS: dict[str, dict[str, float]] = {
+    "no bi-gram": {"share": 0.0},
+    "no clipping": {},
+    "weight clipping": {"tau": TAU},
+    "activation clipping": {"limit": LIMIT},
+}
+
 
 def main() -> None:
     args = arguments(__doc__, steps=1500)
     args.out.mkdir(parents=True, exist_ok=True)
     common = {"steps": args.steps, "every": args.every, "seed": args.seed}
-    curves = run_all(
-        {
-            "no bi-gram": lambda: run(share=0.0, **common),
-            "no clipping": lambda: run(**common),
-            "weight clipping": lambda: run(tau=TAU, **common),
-            "activation clipping": lambda: run(limit=LIMIT, **common),
-        }
-    )
+    curves = run_all({name: partial(run, **common, **changes) for name, changes in RUNS.items()})
     draw(curves, args.out / "blow_up.png")
     settings = {"bigram_share": BIGRAM_SHARE, "tau": TAU, "clip_every": CLIP_EVERY, "limit": LIMIT, "layer": LATE}
     write(args.out, "blow_up", settings, {name: summary(run_curves) for name, run_curves in curves.items()}, curves)

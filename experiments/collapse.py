@@ -9,15 +9,17 @@ domain, and three runs with the loss-free bias:
     tight micro-batch loss  eq. 1 over single experts (16 groups) in every micro-batch of one row, weight 1
 
 Weight decay is 1 instead of 0.1: what does not learn shrinks over 1 / (rate * decay) steps, 500 here, which a short run
-would otherwise not reach (the report's run lasts several such times).
+would otherwise not reach (the report's run lasts several such times). With `--high-rate` the same three at a rate of
+5e-3, decay 0.1, on one domain: there the healthy run's experts collapse as well. What came out: docs/stability.md.
 
-    python experiments/collapse.py [--steps 800] [--seed 0] [--out FOLDER]
+    python experiments/collapse.py [--high-rate] [--steps 800] [--seed 0] [--out FOLDER]
 
-About 6 minutes on one idle core. Writes collapse.json and collapse.png; the last line is JSON.
+About 6 minutes on one idle core. Writes collapse.json and collapse.png, or collapse_high_rate.*; the last line is JSON.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +41,33 @@ QUIET, BUSY = 0.1, 0.5
 """A collapsed expert: activation RMS below 0.1 of its layer's median, with at least half an even share of the load."""
 
 
+REGIMES: dict[bool, dict[str, Any]] = {
+    False: {"lr": 2e-3, "weight_decay": 1.0, "domains": 8},
+    True: {"lr": 5e-3, "weight_decay": 0.1, "domains": 1},
+}
+"""Without and with `--high-rate`."""
+
+
 def main() -> None:
-    args = arguments(__doc__, steps=800)
+    args = arguments(__doc__, steps=800, flags=("--high-rate",))
     args.out.mkdir(parents=True, exist_ok=True)
-    curves = run_all(
-        {
-            name: lambda changes=changes: run(args.steps, args.every, args.seed, **changes)
-            for name, changes in RUNS.items()
-        }
-    )
-    draw(curves, args.out / "collapse.png")
-    write(args.out, "collapse", {"runs": RUNS}, {name: late_means(values) for name, values in curves.items()}, curves)
+    regime, name = REGIMES[args.high_rate], "collapse_high_rate" if args.high_rate else "collapse"
+    common = {"steps": args.steps, "every": args.every, "seed": args.seed, **regime}
+    curves = run_all({run_name: partial(run, **common, **changes) for run_name, changes in RUNS.items()})
+    draw(curves, args.out / f"{name}.png")
+    findings = {run_name: late_means(values) for run_name, values in curves.items()}
+    write(args.out, name, {"runs": RUNS, **regime}, findings, curves)
 
 
-def run(steps: int, every: int, seed: int, scale: float = 2.0, weight: float = 0.0) -> Curves:
+def run(
+    *, steps: int, every: int, seed: int, domains: int, scale: float = 2.0, weight: float = 0.0, **rates: float
+) -> Curves:
     """Train once with this router scale and weight of the balance loss."""
     train = small_training(
-        steps=steps, seed=seed, batch_rows=4, micro_rows=1, context=256, lr=2e-3, weight_decay=1.0,
-        ep_groups=16, ep_weight=weight,
-    )  # fmt: skip
+        steps=steps, seed=seed, batch_rows=4, micro_rows=1, context=256, ep_groups=16, ep_weight=weight, **rates
+    )
     model = small_model(moe_router_scaling_factor=scale)
-    return train_small(model, train, Corpus(domains=8, seed=seed), every=every, record=health)
+    return train_small(model, train, Corpus(domains=domains, seed=seed), every=every, record=health)
 
 
 def health(model: Step35, figures: dict[str, Any]) -> dict[str, Any]:

@@ -77,13 +77,15 @@ def train_small(
     return curves
 
 
-def arguments(description: str | None, *, steps: int) -> argparse.Namespace:
-    """Read `--steps`, `--every`, `--seed` and `--out`; one thread, so that runs are alike on any machine."""
+def arguments(description: str | None, *, steps: int, flags: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Read `--steps`, `--every`, `--seed`, `--out` and the flags of the script; set one thread, for like runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="updates of each run")
     parser.add_argument("--every", type=int, default=10, help="updates between records")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
     torch.set_num_threads(1)
     return parser.parse_args()
 
@@ -107,7 +109,7 @@ def late_means(curves: Curves) -> dict[str, float]:
 def write(out: Path, name: str, settings: dict[str, Any], findings: dict[str, Any], curves: dict[str, Curves]) -> None:
     """Write `out`/`name`.json and print the findings as the last line."""
     result = {
-        "command": " ".join(["python", f"experiments/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "environment": environment(),
         "settings": settings,
         "findings": findings,
