@@ -10,7 +10,7 @@ domain, and three runs with the loss-free bias:
 
 Weight decay is 1 instead of 0.1: what does not learn shrinks over 1 / (rate * decay) steps, 500 here, which a short run
 would otherwise not reach (the report's run lasts several such times). With `--high-rate` the same three at a rate of
-5e-3, decay 0.1, on one domain: there the healthy run's experts collapse as well. What came out: docs/stability.md.
+5e-3, decay 0.1, on one domain: there experts collapse with healthy settings as well. What came out: docs/stability.md.
 
     python experiments/collapse.py [--high-rate] [--steps 800] [--seed 0] [--out FOLDER]
 
