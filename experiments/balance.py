@@ -20,13 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from corpus import Corpus
-from small_run import Curves, arguments, late_means, run_all, small_model, small_training, train_small, write
+from small_run import (
+    Curves,
+    arguments,
+    draw_curves,
+    late_means,
+    run_all,
+    small_model,
+    small_training,
+    train_small,
+    write,
+)
 from step35.model.step35 import Step35
 
 RATE, WEIGHT, GROUPS = 1e-3, 1e-3, 4
@@ -70,13 +75,7 @@ def draw(curves: dict[str, Curves], path: Path) -> None:
         "group_load_max": "load of the busiest EP group / mean",
         "loss": "loss",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for name, values in curves.items():
-        for axis, (key, title) in zip(axes, titles.items(), strict=True):
-            axis.plot(values["step"], values[key], label=name)
-            axis.set(xlabel="step", title=title)
-    axes[0].legend()
-    figure.savefig(path, dpi=80)
+    draw_curves(curves, titles, path, width=13, dpi=80)
 
 
 if __name__ == "__main__":

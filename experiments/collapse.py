@@ -23,13 +23,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from corpus import Corpus
-from small_run import Curves, arguments, late_means, run_all, small_model, small_training, train_small, write
+from small_run import (
+    Curves,
+    arguments,
+    draw_curves,
+    late_means,
+    run_all,
+    small_model,
+    small_training,
+    train_small,
+    write,
+)
 from step35.model.step35 import Step35
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -98,13 +103,7 @@ def draw(curves: dict[str, Curves], path: Path) -> None:
         "rms_median": "activation RMS of the median expert",
         "loss": "loss",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    for name, values in curves.items():
-        for axis, (key, title) in zip(axes, titles.items(), strict=True):
-            axis.plot(values["step"], values[key], label=name)
-            axis.set(xlabel="step", title=title, yscale="log" if key.startswith("rms") else "linear")
-    axes[0].legend()
-    figure.savefig(path, dpi=70)
+    draw_curves(curves, titles, path, width=16, dpi=70, log=("rms_min_to_median", "rms_median"))
 
 
 if __name__ == "__main__":

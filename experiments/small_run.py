@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 from corpus import Corpus
 from step35.config.layouts import s3f1
@@ -104,6 +108,20 @@ def late_means(curves: Curves) -> dict[str, float]:
     """Return the mean of every figure over the last third of a run."""
     last = slice(len(curves["step"]) * 2 // 3, None)
     return {key: sum(values[last]) / len(values[last]) for key, values in curves.items() if key != "step"}
+
+
+def draw_curves(
+    curves: dict[str, Curves], titles: dict[str, str], path: Path, *, width: float, dpi: int, log: tuple[str, ...] = ()
+) -> None:
+    """Draw the figures that `titles` names over the steps, one panel each, one curve a run; `log` is scaled so."""
+    figure, axes = plt.subplots(1, len(titles), figsize=(width, 4), layout="constrained")
+    for name, values in curves.items():
+        for axis, (key, title) in zip(axes, titles.items(), strict=True):
+            axis.plot(values["step"], values[key], label=name)
+            axis.set(xlabel="step", title=title, yscale="log" if key in log else "linear")
+    axes[0].legend()
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
 
 
 def write(out: Path, name: str, settings: dict[str, Any], findings: dict[str, Any], curves: dict[str, Curves]) -> None:

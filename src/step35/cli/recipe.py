@@ -34,8 +34,6 @@ from step35.runtime.console import Console
 from step35.runtime.device import pick_device
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
-from step35.train.step import validation_loss
-from step35.train.trainer import train
 
 CALCULATOR = "calculator"
 """Conversations of this name are synthesised: calculator demonstrations with executed calls."""
@@ -43,6 +41,7 @@ WINDOW_ROWS = 256
 """Rows of a window of the mixture, unless the stage is shorter: shares are exact by window."""
 MANY_EPOCHS = 4
 """Reading data more often adds little (Muennighoff et al. 2023, arXiv:2305.16264)."""
+VALIDATION_PASS_TOKENS = 4096
 ACCEPTANCE_PROMPTS = 24
 ACCEPTANCE_TOKENS = 48
 
@@ -79,21 +78,13 @@ def run_stage(
         shape = architecture(recipe, stage, data.tokenizer.vocab_size)
         model, start = _model(shape, recipe, former)
         loader = _loader(recipe, stage, config, data, console)
-        held_back = validation_rows(data, config)
-        losses: list[float] = []
-
-        def validate() -> float:
-            losses.append(validation_loss(model, held_back, rows=max(1, 4096 // config.context)))
-            return losses[-1]
-
-        stages.write_architecture(run, shape, data.tokenizer)
-        train(model, Prefetch(loader), config, run, console, name=stage.name, validate=validate, start=start)
-        stages.publish(model, data.tokenizer, run.path / "model")
+        found = stages.fit(
+            model, Prefetch(loader), validation_rows(data, config), data.tokenizer, config, run, console,
+            name=stage.name, validation_pass=max(1, VALIDATION_PASS_TOKENS // config.context), start=start,
+        )  # fmt: skip
         if isinstance(loader, MixtureLoader):
-            account = loader.account(config.tokens_until(config.steps) // config.context)
+            account = loader.account(config.rows_until(config.steps))
             run.write_json("account.json", {name: asdict(read) for name, read in account.items()})
-        found: dict[str, Any] = {"tokens": config.tokens_until(config.steps), "steps": config.steps}
-        found["val_loss"] = losses[-1] if losses else validate()
         return found | _compare(recipe, stage, config, former, run, data, console)
 
     inputs: dict[str, str | Path] = {"recipe": stage.model_dump_json(), "data": data.folder}
@@ -131,7 +122,7 @@ def _loader(
     if stage.conversations:
         return _conversations(recipe, stage, config, data, console)
     loader = mixture(recipe, stage, data)
-    for name, read in loader.account(config.tokens_until(config.steps) // config.context).items():
+    for name, read in loader.account(config.rows_until(config.steps)).items():
         if read.epochs > MANY_EPOCHS:
             console.warn(f"{stage.name}: source {name!r} is read {read.epochs:.1f} times over; prepare more of it")
     return loader
@@ -143,7 +134,7 @@ def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> Mix
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
         if earlier.mixture:
             config = recipe.training(earlier)
-            start |= _mixture(recipe, earlier, data, start).behind(config.tokens_until(config.steps) // config.context)
+            start |= _mixture(recipe, earlier, data, start).behind(config.rows_until(config.steps))
     return _mixture(recipe, stage, data, start)
 
 
@@ -158,7 +149,7 @@ def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start
         context=config.context,
         seed=recipe.seed,
         start=start,
-        window_rows=min(WINDOW_ROWS, config.tokens_until(config.steps) // config.context),
+        window_rows=min(WINDOW_ROWS, config.rows_until(config.steps)),
         mask_meta_from=masked,
     )
 

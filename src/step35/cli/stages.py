@@ -29,7 +29,8 @@ from step35.config.rl import RLConfig
 from step35.config.train import TrainConfig
 from step35.data import chat
 from step35.data.arithmetic import problem
-from step35.data.loader import PretrainLoader, validation
+from step35.data.loader import Loader, PretrainLoader, validation
+from step35.data.packing import Batch
 from step35.data.prepare import PreparedData, prepare
 from step35.data.tokenizer import Tokenizer, load_tokenizer
 from step35.engine.llm import LLM
@@ -155,22 +156,42 @@ def pretrain(run: RunDir, model_name: str, data: PreparedData, config: TrainConf
         initialise(model, generator(config.seed, "init"))
         loader = PretrainLoader(data.train, config.context, config.seed)
         held_back = validation(data.val, config.context, max_rows=data.val.total_tokens)
-        losses: list[float] = []
-
-        def validate() -> float:
-            losses.append(validation_loss(model, held_back))
-            return losses[-1]
-
-        write_architecture(run, architecture, data.tokenizer)
-        train(model, loader, config, run, console, name="train", validate=validate)
-        publish(model, data.tokenizer, run.path / "model")
-        return {
-            "val_loss": losses[-1] if losses else validate(),
-            "steps": config.steps,
-            "tokens": config.tokens_until(config.steps),
-        }
+        return fit(model, loader, held_back, data.tokenizer, config, run, console, name="train")
 
     return stage(run, config, work, console, preset=model_name, data=data.folder)
+
+
+def fit(
+    model: Step35,
+    loader: Loader,
+    held_back: Batch,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    run: RunDir,
+    console: Console,
+    *,
+    name: str,
+    validation_pass: int = 16,
+    start: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train `model` with validation on `held_back`, publish it in the run, return loss, steps and tokens.
+
+    `validation_pass` are the rows of one forward pass; `start` is an earlier stage's final state.
+    """
+    losses: list[float] = []
+
+    def validate() -> float:
+        losses.append(validation_loss(model, held_back, rows=validation_pass))
+        return losses[-1]
+
+    write_architecture(run, model.config, tokenizer)
+    train(model, loader, config, run, console, name=name, validate=validate, start=start)
+    publish(model, tokenizer, run.path / "model")
+    return {
+        "val_loss": losses[-1] if losses else validate(),
+        "steps": config.steps,
+        "tokens": config.tokens_until(config.steps),
+    }
 
 
 def supervise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -12,6 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from step35.cli.watch_feed import Feed
+from step35.runtime.disk import read_record
 
 STALL_SECONDS = 60.0
 """Least silence that counts as a stall."""
@@ -32,7 +32,7 @@ class Status(NamedTuple):
 
 def facts(feed: Feed, now: float | None = None) -> dict[str, Any]:
     """Return everything about the run but its curves and panels, as JSON can hold it."""
-    config = _json(feed.run / "config.json")
+    config = read_record(feed.run / "config.json")
     total = config.get("steps")
     status = status_of(feed, time.time() if now is None else now)
     pace = seconds_per_step(feed)
@@ -55,8 +55,8 @@ def facts(feed: Feed, now: float | None = None) -> dict[str, Any]:
         "alarm_counts": dict(feed.alarm_counts),
         "events": list(feed.events),
         "config": config,
-        "env": _json(feed.run / "env.json"),
-        "result": _json(feed.run / "done.json") or _json(feed.run / "summary.json"),
+        "env": read_record(feed.run / "env.json"),
+        "result": read_record(feed.run / "done.json") or read_record(feed.run / "summary.json"),
     }
 
 
@@ -105,11 +105,3 @@ def modified(path: Path) -> float:
 
 def _finite(value: float) -> float | str:
     return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -5,7 +5,6 @@ Memory grows by 8 bytes a value; panels stay on disk and only their byte offsets
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections import Counter, deque
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from step35.cli.watch_tail import Lines, Tail, line_at
-from step35.runtime.metrics import is_panel, scalars
+from step35.runtime.metrics import is_panel, parse_record, scalars
 
 EVENTS_KEPT = 200
 LIFE = ("started", "resumed", "interrupted", "stopped", "finished")
@@ -133,7 +132,7 @@ class Feed:
 
     def _parsed(self, found: Lines) -> Iterator[tuple[int, dict[str, Any]]]:
         for offset, line in found.lines:
-            record = _object(line)
+            record = parse_record(line)
             if record is not None:
                 yield offset, record
             elif line.strip():
@@ -179,7 +178,7 @@ class Feed:
         if not 0 <= place < len(self.spots):
             return None
         spot = self.spots[place]
-        record = _object(line_at(self.run / "metrics.jsonl", spot.offset)) or {}
+        record = parse_record(line_at(self.run / "metrics.jsonl", spot.offset)) or {}
         if record.get("step") != spot.step:
             return None
         found = {key: self._panel(key, value) for key, value in record.items() if is_panel(value)}
@@ -189,11 +188,3 @@ class Feed:
         rows = [[cell if isinstance(cell, int | float) else None for cell in row] for row in value]
         low, high = (bound if math.isfinite(bound) else None for bound in self.ranges[key])
         return {"rows": rows, "low": low, "high": high}
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

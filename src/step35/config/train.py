@@ -131,17 +131,20 @@ class TrainConfig(Config):
         """Return the rows of update `step` (0-based)."""
         return next(rows for first, rows in reversed(self.phases) if first <= step)
 
-    def tokens_until(self, step: int) -> int:
-        """Return the tokens of the updates before `step`."""
+    def rows_until(self, step: int) -> int:
+        """Return the rows of the updates before `step`."""
         phases = self.phases
         ends = [first for first, _ in phases[1:]] + [max(step, phases[-1][0])]
-        return self.context * sum(
+        return sum(
             rows * (min(step, end) - first) for (first, rows), end in zip(phases, ends, strict=True) if first < step
         )
 
+    def tokens_until(self, step: int) -> int:
+        """Return the tokens of the updates before `step`."""
+        return self.context * self.rows_until(step)
+
     def steps_for(self, tokens: int) -> int:
-        """Return the least number of updates that see `tokens` tokens."""
-        for (first, rows), end in zip(self.phases, [first for first, _ in self.phases[1:]] + [None], strict=True):
-            if end is None or self.tokens_until(end) >= tokens:
-                return first + max(0, math.ceil((tokens - self.tokens_until(first)) / (rows * self.context)))
-        raise AssertionError("the last phase has no end")
+        """Return the least number of updates that see `tokens` tokens (at least 1)."""
+        # The phase in which they are reached is the last one that begins with fewer tokens seen.
+        first, rows = next(phase for phase in reversed(self.phases) if self.tokens_until(phase[0]) < tokens)
+        return first + math.ceil((tokens - self.tokens_until(first)) / (rows * self.context))

@@ -31,10 +31,10 @@ from step35.data.mixture import (
 from step35.data.shards import ShardWriter, TokenShards
 from step35.data.source_shards import first_documents, join_validation, source_documents, write_source
 from step35.data.sources import Document, SourceReport, collect
-from step35.data.steps import VERSION, Steps, key_of, read_record, write_record
+from step35.data.steps import VERSION, Steps, key_of, write_record
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
-from step35.runtime.disk import disk_errors
+from step35.runtime.disk import disk_errors, read_record
 
 _SAMPLE_CHARS = 3_000_000
 _SAMPLE_ARITHMETIC_DOCUMENTS = 2_000

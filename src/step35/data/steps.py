@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from step35.config.data import PrepareConfig
-from step35.runtime.disk import write_text
+from step35.runtime.disk import read_record, write_text
 
 VERSION = 1
 
@@ -50,15 +50,6 @@ def key_of(settings: PrepareConfig, tokenizer_texts: Sequence[str]) -> str:
     chosen = settings.model_dump(exclude=None if settings.sources else {"sources"})
     content = json.dumps([VERSION, chosen, files, list(tokenizer_texts)])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, empty when there is none that can be read."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

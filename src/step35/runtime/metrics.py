@@ -119,17 +119,18 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (line, record) for each whole line."""
     *lines, tail = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_record(line)
         if record is not None:
             yield line, record
         elif line.strip():
             raise DataError(f"{path}, line {number} is not a JSON object: {line[:60]!r}. Delete that line.")
-    record = _parse(tail)
+    record = parse_record(tail)
     if record is not None:  # whole but for its newline; otherwise torn, or empty
         yield tail, record
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_record(line: str | bytes) -> dict[str, Any] | None:
+    """Return the record in a line of a log, None when it is not a JSON object."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -148,7 +149,7 @@ def _repair(path: Path) -> None:
         return
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if _parse(content[whole:].decode("utf-8", errors="replace")) is not None:
+    if parse_record(content[whole:].decode("utf-8", errors="replace")) is not None:
         with disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write("\n")
     elif whole < len(content):

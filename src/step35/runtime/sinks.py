@@ -74,7 +74,22 @@ class TensorBoard:
         return SummaryWriter(log_dir=str(self.folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
 
 
-class Trackio:
+class Appending:
+    """A tracker that takes whole records and forgets none; `run` is its open run."""
+
+    run: Any
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def rewind(self, step: int, sent: int) -> int:
+        return sent
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio(Appending):
     """A run of the local project "step35" (`trackio show`); its own environment variables say where it is kept."""
 
     extra = "trackio"
@@ -87,17 +102,8 @@ class Trackio:
             embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
-    def send(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
 
-    def rewind(self, step: int, sent: int) -> int:
-        return sent
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Wandb:
+class Wandb(Appending):
     """A run of the project in WANDB_PROJECT, else "step35"; WANDB_MODE=offline keeps it in the run's `wandb/`."""
 
     extra = "wandb"
@@ -110,15 +116,6 @@ class Wandb:
         self.run = wandb.init(
             project=project, id=name, name=name, dir=str(run), config=settings, resume="allow", settings=quiet
         )
-
-    def send(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
-
-    def rewind(self, step: int, sent: int) -> int:
-        return sent
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 SINKS: dict[str, type[TensorBoard] | type[Trackio] | type[Wandb]] = {
