@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from step35.config.data import PrepareConfig
 from step35.config.demo import DemoConfig
 from step35.config.load import load_file
 from step35.config.presets import preset
+from step35.config.recipe import RecipeConfig
 from step35.config.train import AdamWConfig, MuonConfig, TrainConfig
 from step35.errors import ConfigError
 
@@ -71,6 +73,45 @@ def test_a_nested_unknown_key_gets_a_suggestion_from_its_own_table(tmp_path: Pat
 def test_an_unknown_key_of_the_optimiser_gets_a_suggestion_too(tmp_path: Path) -> None:
     message = refusal(tmp_path, '[optim]\nkind = "muon"\nmomentun = 0.9\n', TrainConfig)
     assert "Did you mean 'momentum'?" in message
+
+
+STAGE = """
+    preset = "tiny"
+    [[stages]]
+    name = "first"
+    tokens = 1000
+    mixture = { code = 1.0 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        (RecipeConfig, f"{STAGE}lr = 3", "unknown key 'stages.0.lr'. Known keys here: "),
+        (RecipeConfig, f"{STAGE}{STAGE[STAGE.index('[[') :]}tokns = 3", "'stages.1.tokns'. Did you mean 'tokens'?"),
+        (
+            RecipeConfig,
+            f"{STAGE}probe = {{ contexts = [64], promts = 3 }}",
+            "'stages.0.probe.promts'. Did you mean 'pr",
+        ),
+        (PrepareConfig, '[[sources]]\nname = "web"\npath = ["a.txt"]', "'sources.0.path'. Did you mean 'paths'?"),
+        (
+            TrainConfig,
+            "batch_ramp = [{ row = 4 , rows = 4, until_tokens = 5 }]",
+            "'batch_ramp.0.row'. Did you mean 'rows'?",
+        ),
+    ],
+)
+def test_an_unknown_key_of_an_entry_is_named_alone(tmp_path: Path, kind: Any, text: str, words: str) -> None:
+    message = refusal(tmp_path, text, kind)
+    assert words in message
+    assert message.count("\n") == 0
+
+
+def test_a_list_that_is_too_short_by_itself_is_still_refused(tmp_path: Path) -> None:
+    assert "stages=[]: Tuple should have at least 1 item" in refusal(
+        tmp_path, 'preset = "tiny"\nstages = []', RecipeConfig
+    )
 
 
 def test_a_wrong_value_is_named(tmp_path: Path) -> None:

@@ -34,7 +34,17 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(cls, problem, where) for problem in error.errors())) from None
+            raise ConfigError("\n".join(_explain(cls, problem, where) for problem in _causes(error))) from None
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """Return the problems without those of a list that is only too short because its entries are wrong."""
+    places = [problem["loc"] for problem in error.errors()]
+    return [
+        problem
+        for problem, place in zip(error.errors(), places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
 
 
 def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
@@ -53,15 +63,24 @@ def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
 def _resolve(cls: type[BaseModel], path: list[str]) -> tuple[type[BaseModel], list[str]]:
     """Return the config that holds the last key of `path`, and the path without the tags of tagged unions."""
     keys = []
-    members: tuple[Any, ...] = ()
+    configs = [cls]  # what the value reached so far may be
     for part in path[:-1]:
-        tagged = [m for m in members if part in get_args(m.model_fields["kind"].annotation)]
-        if tagged:
-            cls, members = tagged[0], ()
+        if tagged := [config for config in configs if part in _tags(config)]:
+            configs = tagged
             continue
         keys.append(part)
-        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
-        members = tuple(m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel))
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            cls = annotation
-    return cls, [*keys, path[-1]]
+        if part in configs[0].model_fields:  # else it is the number of an entry
+            configs = _configs(configs[0].model_fields[part].annotation) or configs
+    return configs[0], [*keys, path[-1]]
+
+
+def _tags(config: type[BaseModel]) -> tuple[str, ...]:
+    """Return the values of `kind` that choose `config` from a tagged union."""
+    return get_args(config.model_fields["kind"].annotation) if "kind" in config.model_fields else ()
+
+
+def _configs(annotation: Any) -> list[type[BaseModel]]:
+    """Return the configs that a value of this type may be, or hold as entries."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [config for part in get_args(annotation) for config in _configs(part)]
