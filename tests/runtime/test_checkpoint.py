@@ -82,6 +82,55 @@ def test_drafts_of_a_killed_run_are_ignored_and_removed(tmp_path):
     assert not draft.exists()
 
 
+class Killed(BaseException):
+    """The end of a process."""
+
+
+def killed(*given: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("first", ["read", "save"])
+def test_killed_while_a_step_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    checkpoint.save(tmp_path, 4, state_of(4), keep=1)
+    rename = Path.rename
+
+    def dying(path: Path, target: Path) -> Path:
+        if target.name == "step_4":  # the old one has made room, the new one is not there yet
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dying)
+        patched.setattr(checkpoint.shutil, "rmtree", lambda *given, **named: None)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, 4, state_of(5), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4.tmp", "step_4.tmp-old"]
+    newest = checkpoint.latest(tmp_path)  # what another process sees, which must not touch anything
+    assert newest is not None
+    assert checkpoint.load(newest)["optimizer"][0]["step"] == 4
+    if first == "read":
+        restored = checkpoint.latest_state(tmp_path)
+        assert restored is not None
+        assert restored.path == tmp_path / "step_4"
+    monkeypatch.setattr(checkpoint, "write_tensors", killed)
+    with pytest.raises(Killed):
+        checkpoint.save(tmp_path, 6, state_of(6), keep=1)
+    assert checkpoint.load(tmp_path / "step_4")["optimizer"][0]["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["step_4"]
+
+
+def test_killed_while_an_old_one_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1), keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda folder, **named: (folder / "state.json").unlink())
+    checkpoint.save(tmp_path, 2, state_of(2), keep=1)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2  # not all of the old one is gone
+    assert [path.name for path in tmp_path.glob("step_?")] == ["step_2"]
+    checkpoint.save(tmp_path, 3, state_of(3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, wrapped):
     checkpoint.save(tmp_path, 1, state_of(1), keep=1)

@@ -24,6 +24,10 @@ from step35.runtime.state import put_together, take_apart
 STATE = "state.json"
 FORMAT = "step35 checkpoint 1"
 BAD = ".bad"
+REPLACED = ".tmp-old"
+"""Ending of a checkpoint that makes room for a new one of the same step."""
+GONE = ".tmp-gone"
+"""Ending of a checkpoint that is being deleted."""
 MARGIN_BYTES = 2**20
 
 
@@ -52,6 +56,7 @@ def write(
     target = root / f"step_{step}"
     draft = root / f"{target.name}.tmp"
     with disk_errors(target):
+        _put_back(root)
         _remove_drafts(root)  # first, since a draft of a killed run may be what fills the disk
         _check_space(target, sum(tensor.nbytes for tensor in tensors.values()))
         try:
@@ -64,12 +69,12 @@ def write(
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    _retire(root, target, keep, keep_every)
+        _retire(root, target, keep, keep_every)
     return target
 
 
 def latest(root: Path) -> Path | None:
-    """Return the newest checkpoint under `root`, not yet verified, or None."""
+    """Return the newest checkpoint under `root`, not yet verified, or None. It changes nothing: the run may be live."""
     return next(iter(_published(root)), None)
 
 
@@ -95,9 +100,11 @@ def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 def latest_state(root: Path, *, before: int | None = None) -> Restored | None:
     """Load the newest checkpoint that is whole, of a step below `before` if given; None if there is none at all.
 
-    Raises `CheckpointError` if there are some but none can be read: starting anew in silence would lose them.
+    For the process that writes the run, since it finishes what a killed one left half done. Raises `CheckpointError`
+    if there are some but none can be read: starting anew in silence would lose them.
     """
     skipped: dict[Path, str] = {}
+    _put_back(root)
     for path in _published(root):
         if before is not None and _step(path) >= before:
             continue
@@ -122,13 +129,19 @@ def discard(path: Path) -> None:
 
 
 def _published(root: Path) -> list[Path]:
-    """Return the published checkpoints, newest first."""
-    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
-    return sorted(found, key=_step, reverse=True)
+    """Return the published checkpoints, newest first; one whose replacement has not come yet is still one."""
+    by_step = {_step(path): path for path in [*_folders(root, REPLACED), *_folders(root)]}
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+
+def _folders(root: Path, ending: str = "") -> list[Path]:
+    """Return the folders called `step_N` and `ending`."""
+    name = re.compile(rf"step_\d+{re.escape(ending)}")
+    return [path for path in root.glob(f"step_*{ending}") if name.fullmatch(path.name) and path.is_dir()]
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.removeprefix("step_").partition(".")[0])
 
 
 def _verify(path: Path) -> None:
@@ -163,10 +176,19 @@ def _check_space(target: Path, size: int) -> None:
 
 def _publish(draft: Path, target: Path) -> None:
     if target.exists():  # a replayed step; a folder cannot be renamed over one with content
-        target.rename(target.with_name(f"{target.name}.tmp-old"))
+        target.rename(target.with_name(target.name + REPLACED))
     draft.rename(target)
     sync_directory(target.parent)
     _remove_drafts(target.parent)
+
+
+def _put_back(root: Path) -> None:
+    """Give a checkpoint its name back whose replacement never came: the process was killed between two renames."""
+    for old in _folders(root, REPLACED):
+        target = old.with_name(old.name.removesuffix(REPLACED))
+        if not target.exists():
+            old.rename(target)
+            sync_directory(root)
 
 
 def _remove_drafts(root: Path) -> None:
@@ -175,7 +197,12 @@ def _remove_drafts(root: Path) -> None:
 
 
 def _retire(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:
-    """Delete what the policy does not keep: neither among the newest `keep` nor at a multiple of `keep_every`."""
+    """Delete what the policy does not keep: neither among the newest `keep` nor at a multiple of `keep_every`.
+
+    The name goes first, so that a kill halfway leaves no published checkpoint without its files.
+    """
     for old in _published(root)[keep:]:
         if old != newest and not (keep_every and _step(old) % keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)
+            old.rename(old.with_name(old.name + GONE))
+    sync_directory(root)
+    _remove_drafts(root)
