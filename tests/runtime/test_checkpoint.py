@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from step35.errors import CheckpointError, DiskFullError
-from step35.runtime import checkpoint
+from step35.runtime import checkpoint, manifest
 
 
 def state_of(step: int) -> dict:
@@ -186,6 +187,23 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path: Path, name: str, damage
     [(passed_over, reason)] = skipped.items()
     assert passed_over == tmp_path / "step_2"
     assert name in reason or damage == "flipped"  # in the manifest, a flipped bit may accuse any file
+
+
+def test_a_file_that_the_disk_does_not_give_back_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1))
+    lost = checkpoint.save(tmp_path, 2, state_of(2)) / "__0_0.distcp"
+    real = manifest.crc32
+
+    def crc32(file: Path) -> str:
+        if file == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file)
+
+    monkeypatch.setattr(manifest, "crc32", crc32)
+    restored = checkpoint.latest_state(tmp_path)
+    assert restored is not None
+    assert restored.path.name == "step_1"
+    assert restored.skipped == {lost.parent: f"{lost} cannot be read (Input/output error)."}
 
 
 def test_only_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path):

@@ -26,7 +26,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest; raise `CheckpointError` when a file is missing, of another size or of another checksum."""
+    """Return the manifest; raise `CheckpointError` when a file is missing, unreadable, of another size or checksum."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -34,14 +34,21 @@ def verify(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
     for name, (size, checksum) in wanted.items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{file} {what}; its manifest says {size} bytes.")
-        if crc32(file) != checksum:
-            raise CheckpointError(f"{file} is damaged: its checksum is not {checksum}, which its manifest says.")
+        _check(folder / name, size, checksum)
     return manifest
+
+
+def _check(file: Path, size: int, checksum: str) -> None:
+    try:
+        found = file.stat().st_size if file.is_file() else None
+        damaged = found == size and crc32(file) != checksum
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from None
+    if found != size:
+        what = "is missing" if found is None else f"has {found} bytes"
+        raise CheckpointError(f"{file} {what}; its manifest says {size} bytes.")
+    if damaged:
+        raise CheckpointError(f"{file} is damaged: its checksum is not {checksum}, which its manifest says.")
 
 
 def crc32(file: Path) -> str:
