@@ -14,6 +14,7 @@ from step35.config.data import PrepareConfig, SourceConfig
 from step35.data import builtin, mixture
 from step35.data import prepare as prepare_module
 from step35.data.builtin import BUILTIN, builtin_documents
+from step35.data.lines import BadLines
 from step35.data.mixture import EncodedDocument, encode_documents, full_text
 from step35.data.prepare import PreparedData, prepare
 from step35.data.sampler import MixtureLoader
@@ -80,6 +81,17 @@ def test_each_source_gets_its_own_shards_and_the_account_adds_up(tmp_path: Path,
     assert data.bigram_loss < data.unigram_loss
     with pytest.raises(DataError, match="holds the sources web, notes, sums"):
         _ = data.train
+
+
+def test_all_that_is_left_out_is_counted_though_ten_are_named(tmp_path: Path, settings: PrepareConfig) -> None:
+    with (tmp_path / "web.jsonl").open("a") as web:
+        web.write("{broken\n" * 56)
+    (tmp_path / "notes" / "picture.png").write_bytes(b"\x89PNG")
+    sources = prepare(tmp_path / "out", settings, context=CONTEXT).record["sources"]
+    assert (sources["bad_lines"], sources["files_left_out"]) == (57, 1)
+    assert len(sources["skipped"]) == 12
+    assert sources["skipped"][10].startswith(f"{tmp_path / 'notes' / 'picture.png'}: suffix")
+    assert sources["skipped"][-1] == "and 47 more"
 
 
 def test_training_holds_no_copy_of_validation(tmp_path: Path, settings: PrepareConfig) -> None:
@@ -181,11 +193,11 @@ def test_settings_that_cannot_be_meant_are_refused(change: dict[str, object], me
 
 
 def test_the_built_in_corpora_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert next(builtin_documents("arithmetic", 1)) == next(mixture.arithmetic_documents(1))
+    assert next(builtin_documents("arithmetic", 1, BadLines())) == next(mixture.arithmetic_documents(1))
     with pytest.raises(ConfigError, match=r"builtin='arithmetik'\. Did you mean 'arithmetic'"):
-        builtin_documents("arithmetik", 0)
-    monkeypatch.setitem(BUILTIN, "one", lambda seed: iter([Document("x", "a", "b", "c", str(seed))]))
-    assert [document.source for document in builtin_documents("one", 7)] == ["7"]
+        builtin_documents("arithmetik", 0, BadLines())
+    monkeypatch.setitem(BUILTIN, "one", lambda seed, bad: iter([Document("x", "a", "b", "c", str(seed))]))
+    assert [document.source for document in builtin_documents("one", 7, BadLines())] == ["7"]
 
 
 def test_a_file_gives_either_its_code_or_its_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,11 +205,26 @@ def test_a_file_gives_either_its_code_or_its_docstrings(tmp_path: Path, monkeypa
     for n, file in enumerate(files):
         file.path.write_text(f'"""Module {n}. {f"It says {n} and more. " * 20}"""\nnumber = {n}\n')
     monkeypatch.setattr(builtin, "python_files", lambda rng, report: files)
-    code = {document.source for document in builtin_documents("code", 0)}
-    prose = {document.source for document in builtin_documents("documentation", 0)}
+    code = {document.source for document in builtin_documents("code", 0, BadLines())}
+    prose = {document.source for document in builtin_documents("documentation", 0, BadLines())}
     assert not code & prose
     assert len(code | prose) == 60
     assert len(prose) > 10
+
+
+def test_what_a_built_in_corpus_cannot_read_is_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [SourceFile(tmp_path / f"{n}.py", f"{n}.py", "x") for n in range(60)]
+    for file in files:
+        file.path.write_bytes(b"number = '\xff'\n")
+    monkeypatch.setattr(builtin, "python_files", lambda rng, report: files)
+    found = {name: BadLines(0) for name in ("code", "documentation")}
+    for name, bad in found.items():
+        assert list(builtin_documents(name, 0, bad)) == []
+        assert all("not UTF-8" in file for file in bad.files)
+        assert len(bad.files) == 10
+    assert sum(bad.left_out for bad in found.values()) == 60
 
 
 def test_copies_get_the_same_side_whatever_their_meta_line() -> None:

@@ -14,6 +14,7 @@ import pytest
 from step35.config.data import PrepareConfig
 from step35.data import mixture
 from step35.data import prepare as prepare_module
+from step35.data.lines import BadLines
 from step35.data.mixture import EncodedDocument, choose_validation
 from step35.data.prepare import PreparedData, prepare
 from step35.data.sources import Document, SourceReport
@@ -37,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             Document(" ".join(rng.choice(words, size=100)), "code", "python", "made up", f"{number}.py")
             for number in range(budget_chars // 600)
         ]
-        return documents, SourceReport(skipped=["x.py: Permission denied"])
+        return documents, SourceReport(bad=BadLines(left_out=12, files=["x.py: Permission denied"]))
 
     def train(texts: Any, vocab_size: int) -> Any:
         recorded.append("tokenizer")
@@ -94,7 +95,8 @@ def test_record_holds_settings_counts_report_and_baselines(tmp_path: Path, calls
     record = json.loads((tmp_path / "prepare.json").read_text())
     assert record == json.loads(json.dumps(data.record))
     assert PrepareConfig.parse(record["settings"]) == SETTINGS
-    assert record["sources"]["skipped"] == ["x.py: Permission denied"]
+    assert record["sources"]["skipped"] == ["x.py: Permission denied", "and 11 more"]
+    assert (record["sources"]["bad_lines"], record["sources"]["files_left_out"]) == (0, 12)
     assert record["train"]["tokens"] == data.train.total_tokens
     assert record["val"]["documents"] == len(data.val.document_starts)
     assert 0 < record["bigram_loss"] < record["unigram_loss"] < np.log(512)

@@ -68,13 +68,22 @@ def test_a_folder_is_read_in_order_of_names_and_says_what_it_leaves_out(tmp_path
     (tmp_path / "a.md.gz").write_bytes(gzip.compress(b"# title\n"))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "circle").symlink_to(tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "linked.md.gz").symlink_to(tmp_path / "a.md.gz")
     documents, bad = read(tmp_path)
     assert [(one.text, one.kind, one.language) for one in documents] == [
         ("# title\n", "text", "unknown"),
         ("print(1)\n", "code", "python"),
+        ("# title\n", "text", "unknown"),
     ]
     assert documents[1].source == f"{tmp_path.name}/b/x.py"
-    assert bad.left_out == 1
+    assert bad.left_out == 3
+    assert [file.removeprefix(f"{tmp_path}/")[:20] for file in bad.files] == [
+        "circle: a link to a ",
+        "gone.txt: No such fi",
+        "picture.png: suffix ",
+    ]
+    assert bad.count == 0
 
 
 def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
@@ -135,6 +144,29 @@ def test_text_that_is_not_utf8_or_empty_is_named(tmp_path: Path) -> None:
         "b.txt:1: null byte",
         "c.txt:1: empty tex",
     ]
+
+
+def test_the_line_that_is_not_utf8_is_named_behind_a_byte_order_mark_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\n\xffcd")
+    assert read(tmp_path, limit=1)[1].quotes == [f"{tmp_path / 'a.txt'}:2: not UTF-8: \ufffdcd"]
+
+
+def test_empty_files_are_left_out_counted_and_named(tmp_path: Path) -> None:
+    contents = {"a.txt": b"", "b.jsonl": b"", "c.jsonl.gz": gzip.compress(b""), "d.jsonl.zst": zstd().compress(b"")}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    documents, bad = read(tmp_path)
+    assert documents == []
+    assert bad.left_out == 4
+    assert bad.files == [f"{tmp_path / name}: empty" for name in contents]
+
+
+def test_many_files_are_counted_and_ten_are_named(tmp_path: Path) -> None:
+    for number in range(57):
+        (tmp_path / f"{number:02}.png").write_bytes(b"x")
+    _, bad = read(tmp_path)
+    assert bad.left_out == 57
+    assert len(bad.files) == 10
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.jsonl.gz", write_gz), ("a.jsonl.zst", write_zst)])

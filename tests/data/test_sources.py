@@ -48,7 +48,7 @@ def test_stdlib_files_have_relative_names_and_tests_are_skipped(small_world: Pat
     documents, report = collect(100_000, 0)
     assert [document.source for document in documents] == ["stdlib/json/decoder.py"]
     assert report.characters["code"] == len(CODE)
-    assert report.skipped == []
+    assert report.record()["skipped"] == []
 
 
 def test_unreadable_files_are_counted_and_named(small_world: Path) -> None:
@@ -57,12 +57,12 @@ def test_unreadable_files_are_counted_and_named(small_world: Path) -> None:
     (small_world / "nulls.py").write_bytes(CODE.encode() + b"\0")
     documents, report = collect(100_000, 0)
     assert len(documents) == 1
-    assert sorted(line.partition(":")[0] for line in report.skipped) == [
+    assert sorted(line.partition(":")[0] for line in report.bad.files) == [
         "stdlib/gone.py",
         "stdlib/latin.py",
         "stdlib/nulls.py",
     ]
-    assert "stdlib/latin.py: not UTF-8 at byte 8" in report.skipped
+    assert "stdlib/latin.py: not UTF-8 at byte 8" in report.bad.files
 
 
 def test_tables_and_large_files_are_filtered_and_counted(small_world: Path) -> None:
@@ -108,10 +108,9 @@ def test_extra_folder_comes_first_and_bad_lines_are_named(small_world: Path, tmp
     assert [d.source for d in documents[:3]] == ["mine/note.md", "mine/records.jsonl", "mine/tests/kept.txt"]
     assert documents[0].kind == "text"
     assert documents[1].text == "a good record"
-    named = [line.removeprefix(f"{folder}/") for line in report.skipped]
-    assert len(named) == 4
-    assert named[0].startswith("picture.png: suffix")
-    assert [line[: len("records.jsonl:2:")] for line in named[1:]] == [
+    assert [line.removeprefix(f"{folder}/")[:20] for line in report.bad.files] == ["picture.png: suffix "]
+    named = [line.removeprefix(f"{folder}/") for line in report.bad.quotes]
+    assert [line[: len("records.jsonl:2:")] for line in named] == [
         "records.jsonl:2:",
         "records.jsonl:3:",
         "records.jsonl:5:",

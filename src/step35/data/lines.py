@@ -1,11 +1,12 @@
-"""Lines of plain and compressed files, as streams, and the account of those that cannot be used."""
+"""Lines of plain and compressed files, as streams, and the account of what cannot be used."""
 
 from __future__ import annotations
 
 import gzip
+import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,18 @@ _QUOTES = 10
 
 @dataclass
 class BadLines:
-    """What could not be read, counted; the first few are quoted."""
+    """Lines that cannot be used, and files that are left out: counted, and the first ten of each are quoted."""
 
-    limit: int
+    limit: float = math.inf
     """More bad lines than this are an error."""
     count: int = 0
+    """Bad lines; a piece of a text counts as one."""
     quotes: list[str] = field(default_factory=list)
-    """ "file:line: reason: content"."""
+    """Of lines: "file:line: reason: content"."""
     left_out: int = 0
-    """Files in given folders whose suffix no reader knows."""
+    """Files."""
+    files: list[str] = field(default_factory=list)
+    """Of files: "file: reason"."""
 
     def add(self, path: Path, line: int, reason: str, content: str | bytes = "") -> None:
         """Count a line; raises `DataError` when it is one too many."""
@@ -40,9 +44,30 @@ class BadLines:
                 "The first:\n  " + "\n  ".join(self.quotes)
             )
 
+    def leave_out(self, name: str | Path, reason: str) -> None:
+        """Count a file that is not read."""
+        self.left_out += 1
+        if self.left_out <= _QUOTES:
+            self.files.append(f"{name}: {reason}")
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a plain or compressed file; raises `DataError` when it is damaged."""
+    def record(self) -> dict[str, Any]:
+        """Return the counts and the quotes as JSON values."""
+        return {"bad_lines": self.count, "files_left_out": self.left_out, "quotes": [*self.quotes, *self.files]}
+
+
+def total(records: Collection[dict[str, Any]]) -> dict[str, Any]:
+    """Add up what `BadLines.record` returned; of `skipped`, the quotes, the last says how many more there are."""
+    lines, files = (sum(record[count] for record in records) for count in ("bad_lines", "files_left_out"))
+    quotes = [quote for record in records for quote in record["quotes"]]
+    more = lines + files - len(quotes)
+    return {"bad_lines": lines, "files_left_out": files, "skipped": quotes + [f"and {more:,} more"] * bool(more)}
+
+
+def read_lines(path: Path, bad: BadLines) -> Iterator[bytes]:
+    """Yield the lines of a plain or compressed file, or leave it out when it is empty.
+
+    Raises `DataError` when it is damaged.
+    """
     lines = size = 0
     opener = COMPRESSED.get(path.suffix, partial(open, mode="rb"))
     try:
@@ -55,6 +80,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
             f"{path} can be read up to line {lines} ({size:,} bytes of text) and no further: {error}. "
             "Copy it again from its source, or leave it out."
         ) from None
+    if not lines:
+        bad.leave_out(path, "empty")
 
 
 def _open_zstd(path: Path) -> BinaryIO:

@@ -18,7 +18,7 @@ import numpy as np
 
 from step35.config.data import PrepareConfig
 from step35.data.baselines import unigram_bigram
-from step35.data.lines import BadLines
+from step35.data.lines import BadLines, total
 from step35.data.loader import validation
 from step35.data.mixture import (
     EncodedDocument,
@@ -151,7 +151,7 @@ def _build_corpus(
         progress=progress,
     )
     counts = _write_shards(out, tokenizer.vocab_size, encoded, settings, progress)
-    corpus = {"vocab_size": tokenizer.vocab_size, **counts, "sources": vars(report)}
+    corpus = {"vocab_size": tokenizer.vocab_size, **counts, "sources": report.record()}
     steps.finish("shards", corpus)
     return corpus
 
@@ -169,8 +169,7 @@ def _build_sources(
             named[source.name] = write_source(folder, source, tokenizer, settings, progress)
             steps.finish(step, named[source.name])
     join_validation(out / "val", [out / "sources" / name for name in named], settings)
-    skipped = [quote for counts in named.values() for quote in counts["quotes"]]
-    corpus = {"vocab_size": tokenizer.vocab_size, "named": named, "sources": {"skipped": skipped}}
+    corpus = {"vocab_size": tokenizer.vocab_size, "named": named, "sources": total(named.values())}
     steps.finish("shards", corpus)
     return corpus
 

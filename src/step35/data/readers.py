@@ -53,12 +53,12 @@ def read_documents(
     for given in paths:
         if not given.exists():
             raise DataError(f"{given} does not exist; give files or folders of {_known()}.")
-        for path in _files(given):
+        for path in _files(given, bad):
             reader = _reader(path)
             if reader:
                 yield from reader(_File(path, path.relative_to(given.parent).as_posix(), domain, text_field, bad))
             elif path != given:
-                bad.left_out += 1
+                bad.leave_out(path, "suffix is not one that can be read")
             else:
                 raise DataError(f"{path} is of no known kind; give files or folders of {_known()}.")
 
@@ -94,14 +94,22 @@ class _File:
             yield self.document(text, **{key: record.get(key) for key in _META_FIELDS})
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path, bad: BadLines) -> Iterator[Path]:
     """Yield the files below `path` in order of their names; a folder of token shards counts as one."""
     if path.is_file() or _holds_shards(path):
         yield path
     elif path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_file() or not child.is_symlink():  # a link to a folder may lead in circles
-                yield from _files(child)
+        try:
+            children = sorted(path.iterdir())
+        except OSError as error:
+            return bad.leave_out(path, str(error.strerror))
+        for child in children:
+            if child.is_symlink() and child.is_dir():
+                bad.leave_out(child, "a link to a folder, which may lead in circles; give the folder itself")
+            else:
+                yield from _files(child, bad)
+    else:
+        bad.leave_out(path, "a pipe, socket or device" if path.exists() else "No such file, the link is broken")
 
 
 def _holds_shards(folder: Path) -> bool:
@@ -129,12 +137,13 @@ def _text(file: _File) -> Iterator[Document]:
     suffixes = [suffix for suffix in file.path.suffixes if suffix in _TEXT_FILES]
     kind, language = _TEXT_FILES[suffixes[-1]]
     line = 1
-    for piece in _pieces(read_lines(file.path)):
+    for piece in _pieces(read_lines(file.path, file.bad)):
         try:
             text = piece.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            at = piece.count(b"\n", 0, error.start)
-            file.bad.add(file.path, line + at, "not UTF-8", piece.split(b"\n")[at])
+            read = bytes(error.object)  # the piece without its byte order mark, which `error.start` does not count
+            at = read.count(b"\n", 0, error.start)
+            file.bad.add(file.path, line + at, "not UTF-8", read.split(b"\n")[at])
         else:
             if text.strip() and "\0" not in text:
                 yield file.document(text, kind=kind, language=language)
@@ -157,7 +166,7 @@ def _pieces(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _json_lines(file: _File) -> Iterator[Document]:
-    for number, line in enumerate(read_lines(file.path), start=1):
+    for number, line in enumerate(read_lines(file.path, file.bad), start=1):
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:

@@ -27,7 +27,7 @@ from step35.errors import DataError
 def source_documents(source: SourceConfig, seed: int, bad: BadLines) -> Iterator[Document]:
     """Yield the documents of `source` in order, up to its `chars`."""
     if source.builtin:
-        documents = builtin_documents(source.builtin, seed)
+        documents = builtin_documents(source.builtin, seed, bad)
     else:
         paths = [Path(name) for name in source.paths]
         documents = read_documents(paths, bad, domain=source.name, text_field=source.text_field)
@@ -69,9 +69,7 @@ def write_source(
         "tokens": TokenShards(folder).total_tokens,
         "val_documents": counts["val"],
         "copies_of_val": counts["copy"],
-        "bad_lines": bad.count,
-        "quotes": bad.quotes,
-        "files_left_out": bad.left_out,
+        **bad.record(),
     }
 
 

@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path, PurePath
+from typing import Any
 
 from step35.data.dedup import Deduplicator
 from step35.data.docstrings import docstring_document
 from step35.data.licences import licence_problem
+from step35.data.lines import BadLines, total
 from step35.errors import DataError
 
 STDLIB_SHARE = 0.60
@@ -71,10 +73,14 @@ class SourceReport:
     """Characters taken, by kind."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Files left out by rule: reason -> count."""
-    skipped: list[str] = field(default_factory=list)
-    """Files and lines that could not be read: "name: reason"."""
+    bad: BadLines = field(default_factory=BadLines)
+    """Files and lines that could not be read."""
     packages_left_out: dict[str, str] = field(default_factory=dict)
     """Installed packages not used because of their licence: name -> reason."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "bad"} | total([self.bad.record()])
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def _stdlib_files(report: SourceReport) -> list[SourceFile]:
 
 def _walk(root: Path, report: SourceReport, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
-        report.skipped.append(f"{os.path.relpath(error.filename, root.parent)}: {error.strerror}")
+        report.bad.leave_out(os.path.relpath(error.filename, root.parent), str(error.strerror))
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = sorted(set(folders) - left_out)
@@ -217,7 +223,7 @@ def docstring_documents(
         try:
             text = docstring_document(code, file.source)
         except (SyntaxError, ValueError, RecursionError) as error:
-            report.skipped.append(f"{file.source}: not Python ({type(error).__name__})")
+            report.bad.leave_out(file.source, f"not Python ({type(error).__name__})")
             continue
         if _LEAST_DOCSTRING_CHARS <= len(text) <= most_chars:
             yield Document(text, "documentation", "english", "documentation", file.source)
@@ -243,13 +249,13 @@ def _read(path: Path, name: str, report: SourceReport) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        report.skipped.append(f"{name}: {error.strerror or error}")
+        report.bad.leave_out(name, str(error.strerror or error))
         return ""
     except UnicodeDecodeError as error:
-        report.skipped.append(f"{name}: not UTF-8 at byte {error.start}")
+        report.bad.leave_out(name, f"not UTF-8 at byte {error.start}")
         return ""
     if "\0" in text:
-        report.skipped.append(f"{name}: contains null bytes")
+        report.bad.leave_out(name, "contains null bytes")
         return ""
     return text.replace("\r\n", "\n")
 
@@ -261,7 +267,7 @@ def _user_documents(extra: Sequence[Path], report: SourceReport) -> Iterator[Doc
         for path in _walk(given, report) if given.is_dir() else [given]:
             name = path.relative_to(given.parent).as_posix()
             if path.suffix not in _USER_SUFFIXES:
-                report.skipped.append(f"{path}: suffix is not one of {_suffixes()}")
+                report.bad.leave_out(path, f"suffix is not one of {_suffixes()}")
             elif path.suffix == ".jsonl":
                 yield from _json_lines(path, name, report)
             elif text := _read(path, str(path), report):
@@ -277,15 +283,15 @@ def _json_lines(path: Path, name: str, report: SourceReport) -> Iterator[Documen
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        report.skipped.append(f"{path}: {error.strerror or error}")
+        report.bad.leave_out(path, str(error.strerror or error))
         return
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.strip() else None
         except ValueError as error:  # bad JSON and bad UTF-8 alike
-            report.skipped.append(f"{path}:{number}: not JSON ({error})")
+            report.bad.add(path, number, f"not JSON ({error})", line)
             continue
         if isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]:
             yield Document(record["text"], "text", "unknown", "user", name)
         elif line.strip():
-            report.skipped.append(f'{path}:{number}: not an object with a string "text"')
+            report.bad.add(path, number, 'not an object with a string "text"', line)
