@@ -189,21 +189,47 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path: Path, name: str, damage
     assert name in reason or damage == "flipped"  # in the manifest, a flipped bit may accuse any file
 
 
-def test_a_file_that_the_disk_does_not_give_back_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, 1, state_of(1))
-    lost = checkpoint.save(tmp_path, 2, state_of(2)) / "__0_0.distcp"
+def refuse_to_read(lost: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     real = manifest.crc32
 
     def crc32(file: Path) -> str:
         if file == lost:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise error
         return real(file)
 
     monkeypatch.setattr(manifest, "crc32", crc32)
+
+
+def test_a_file_that_the_disk_does_not_give_back_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1))
+    lost = checkpoint.save(tmp_path, 2, state_of(2)) / "__0_0.distcp"
+    refuse_to_read(lost, OSError(errno.EIO, os.strerror(errno.EIO)), monkeypatch)
     restored = checkpoint.latest_state(tmp_path)
     assert restored is not None
     assert restored.path.name == "step_1"
     assert restored.skipped == {lost.parent: f"{lost} cannot be read (Input/output error)."}
+
+
+@pytest.mark.parametrize("why", ["open files", "memory", "newer format"])
+def test_what_is_not_damage_is_said_and_passes_over_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1))
+    newest = checkpoint.save(tmp_path, 2, state_of(2))
+    if why == "open files":
+        refuse_to_read(newest / "state.json", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch)
+        message = r"state\.json cannot be read \(Too many open files\)"
+    elif why == "memory":
+        read = checkpoint.read_tensors
+        monkeypatch.setattr(checkpoint, "read_tensors", lambda path: bytearray(2**62) if path == newest else read(path))
+        message = r"step_2 is undamaged, but cannot be read \(MemoryError"
+    else:
+        content = json.loads((newest / "manifest.json").read_text())
+        (newest / "manifest.json").write_text(json.dumps({"format": "step35 checkpoint 2", "parts": content["files"]}))
+        message = r"step_2 has the format 'step35 checkpoint 2', this version reads 'step35 checkpoint 1'"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.latest_state(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_2"]
 
 
 def test_only_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path):
@@ -223,6 +249,15 @@ def test_a_discarded_checkpoint_is_not_chosen_again(tmp_path):
     assert restored.skipped == {}
     checkpoint.save(tmp_path, 3, state_of(3), keep=9)  # replayed
     assert checkpoint.latest(tmp_path) == paths[2]
+
+
+def test_an_older_one_discarded_later_does_not_delete_the_newest(tmp_path):
+    def discard_all() -> list[str]:
+        for step in (3, 2):  # in the order in which a resume passes them over
+            checkpoint.discard(checkpoint.save(tmp_path, step, state_of(step), keep=9))
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert discard_all() == discard_all() == ["step_2.bad", "step_3.bad"]
 
 
 def test_latest_before_a_step(tmp_path):

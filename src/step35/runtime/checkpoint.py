@@ -18,7 +18,7 @@ from torch import Tensor
 from step35.errors import CheckpointError, DiskFullError
 from step35.runtime.dcp import read_tensors, write_tensors
 from step35.runtime.disk import disk_errors, free_bytes, sync_directory, write_text
-from step35.runtime.manifest import MANIFEST, verify, write_manifest
+from step35.runtime.manifest import MANIFEST, DamagedError, read_manifest, verify, write_manifest
 from step35.runtime.state import put_together, take_apart
 
 STATE = "state.json"
@@ -79,7 +79,10 @@ def latest(root: Path) -> Path | None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the verified state saved at `path`, on the CPU. Raises `CheckpointError`."""
+    """Return the verified state saved at `path`, on the CPU.
+
+    Raises `DamagedError` for one that is lost, any other `CheckpointError` for one that only this process cannot read.
+    """
     _verify(path)
     try:
         state = put_together(json.loads((path / STATE).read_text(encoding="utf-8")), read_tensors(path))
@@ -98,10 +101,11 @@ def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def latest_state(root: Path, *, before: int | None = None) -> Restored | None:
-    """Load the newest checkpoint that is whole, of a step below `before` if given; None if there is none at all.
+    """Load the newest checkpoint that is not damaged, of a step below `before` if given; None if there is none at all.
 
     For the process that writes the run, since it finishes what a killed one left half done. Raises `CheckpointError`
-    if there are some but none can be read: starting anew in silence would lose them.
+    if there are some but all are damaged: starting anew in silence would lose them. So it does if the newest is
+    undamaged and still cannot be read: passing it over would lose its steps for a reason that may be gone tomorrow.
     """
     skipped: dict[Path, str] = {}
     _put_back(root)
@@ -110,7 +114,7 @@ def latest_state(root: Path, *, before: int | None = None) -> Restored | None:
             continue
         try:
             return Restored(path, load(path), skipped)
-        except CheckpointError as error:
+        except DamagedError as error:
             skipped[path] = str(error)
     if skipped:
         raise CheckpointError(f"No checkpoint under {root} can be read:\n" + "\n".join(skipped.values()))
@@ -120,10 +124,11 @@ def latest_state(root: Path, *, before: int | None = None) -> Restored | None:
 def discard(path: Path) -> None:
     """Take a checkpoint out of the running: it becomes `step_N.bad` and is never chosen again.
 
-    The last one discarded stays to be looked at; earlier ones are deleted.
+    It stays to be looked at until one of the same or a later step is discarded.
     """
-    for old in path.parent.glob(f"step_*{BAD}"):
-        shutil.rmtree(old, ignore_errors=True)
+    for old in _folders(path.parent, BAD):
+        if _step(old) <= _step(path):
+            shutil.rmtree(old, ignore_errors=True)
     path.rename(path.with_name(path.name + BAD))
     sync_directory(path.parent)
 
@@ -151,17 +156,28 @@ def _verify(path: Path) -> None:
             "finish the run with that version, or start a run of its own (another --out)."
         )
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is not a checkpoint: {path / MANIFEST} is missing; give a folder such as checkpoints/step_100."
         )
-    found = verify(path).get("format")
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has the format {found!r}; this version reads {FORMAT!r}.")
+    manifest = read_manifest(path)
+    found = str(manifest.get("format"))
+    if found == FORMAT:
+        verify(path, manifest)
+    elif re.fullmatch(r"step35 checkpoint \d+", found):
+        raise CheckpointError(
+            f"{path} has the format {found!r}, this version reads {FORMAT!r}. Use the version that wrote it, "
+            "or move that folder away to go on from an earlier checkpoint."
+        )
+    else:
+        raise DamagedError(f"{path} has the format {found!r}, which no version writes.")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).splitlines()[0][:200] if str(error) else ""
-    return CheckpointError(f"{path} is undamaged, but cannot be read ({type(error).__name__}: {reason}).")
+    return CheckpointError(
+        f"{path} is undamaged, but cannot be read ({type(error).__name__}: {reason}). Mend that and try again, "
+        "or move that folder away to go on from an earlier checkpoint."
+    )
 
 
 def _check_space(target: Path, size: int) -> None:

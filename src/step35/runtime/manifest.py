@@ -7,8 +7,11 @@ against people. It was the fastest checksum at hand (one core, AVX-512 Xeon): 2.
 
 from __future__ import annotations
 
+import errno
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,12 @@ from step35.runtime.disk import write_text
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**22
+NOT_THE_FILE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM, errno.ESTALE)
+"""Errors of reading that say nothing about what is on the disk: another process, or a later one, may read it."""
+
+
+class DamagedError(CheckpointError):
+    """A folder that is not what was written: what is in it is lost."""
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -25,30 +34,51 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     write_text(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1) + "\n")
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest; raise `CheckpointError` when a file is missing, unreadable, of another size or checksum."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder; raises like `verify`."""
     path = folder / MANIFEST
+    with _reading(path):
+        content = path.read_bytes()
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {str(name): (int(f["bytes"]), str(f["crc32"])) for name, f in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
-    for name, (size, checksum) in wanted.items():
-        _check(folder / name, size, checksum)
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+    if not isinstance(manifest, dict):
+        raise DamagedError(f"{path} is not a JSON object.")
     return manifest
 
 
-def _check(file: Path, size: int, checksum: str) -> None:
+def verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise `DamagedError` when a file is missing, unreadable, or not of the size and checksum in `manifest`.
+
+    Raises `CheckpointError` when it cannot be told, for a reason that lies in this process and not in the files.
+    """
     try:
+        wanted = {str(name): (int(f["bytes"]), str(f["crc32"])) for name, f in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}).") from None
+    for name, (size, checksum) in wanted.items():
+        _check(folder / name, size, checksum)
+
+
+def _check(file: Path, size: int, checksum: str) -> None:
+    with _reading(file):
         found = file.stat().st_size if file.is_file() else None
         damaged = found == size and crc32(file) != checksum
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from None
     if found != size:
         what = "is missing" if found is None else f"has {found} bytes"
-        raise CheckpointError(f"{file} {what}; its manifest says {size} bytes.")
+        raise DamagedError(f"{file} {what}; its manifest says {size} bytes.")
     if damaged:
-        raise CheckpointError(f"{file} is damaged: its checksum is not {checksum}, which its manifest says.")
+        raise DamagedError(f"{file} is damaged: its checksum is not {checksum}, which its manifest says.")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = CheckpointError if error.errno in NOT_THE_FILE else DamagedError
+        raise kind(f"{file} cannot be read ({error.strerror}).") from None
 
 
 def crc32(file: Path) -> str:
