@@ -14,13 +14,14 @@ from step35.config.data import PrepareConfig, SourceConfig
 from step35.data import builtin, mixture
 from step35.data import prepare as prepare_module
 from step35.data.builtin import BUILTIN, builtin_documents
+from step35.data.document import Document
 from step35.data.lines import BadLines
 from step35.data.mixture import EncodedDocument, encode_documents, full_text
 from step35.data.prepare import PreparedData, prepare
 from step35.data.sampler import MixtureLoader
 from step35.data.shards import TokenShards
 from step35.data.source_shards import HeldBack
-from step35.data.sources import Document, SourceFile
+from step35.data.sources import SourceFile
 from step35.data.steps import key_of
 from step35.data.tokenizer import train_tokenizer
 from step35.errors import ConfigError, DataError

@@ -14,10 +14,11 @@ import pytest
 from step35.config.data import PrepareConfig
 from step35.data import mixture
 from step35.data import prepare as prepare_module
+from step35.data.document import Document
 from step35.data.lines import BadLines
 from step35.data.mixture import EncodedDocument, choose_validation
 from step35.data.prepare import PreparedData, prepare
-from step35.data.sources import Document, SourceReport
+from step35.data.sources import SourceReport
 from step35.errors import DataError, DiskFullError
 
 SETTINGS = PrepareConfig(vocab_size=512, corpus_chars=40_000, val_tokens=1_500, shard_tokens=10_000, seed=3)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from step35.data.document import Document
 from step35.data.lines import BadLines, zstd
 from step35.data.mixture import encode_documents
 from step35.data.readers import read_documents
 from step35.data.shards import ShardWriter
-from step35.data.sources import Document
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
 
@@ -96,14 +96,14 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_bytes(text.replace("line 200000\n", "line \udcff\n").encode(errors="surrogateescape"))
     documents, bad = read(tmp_path / "long.txt", limit=1)
     assert len(documents) == 2
-    assert "long.txt:200001: not UTF-8: line" in bad.quotes[0]
+    assert "long.txt: not UTF-8 in line 200001: line" in bad.quotes[0]
 
 
 BAD_LINES = {
     b'{"text": "cut o': "not JSON",
-    b'{"body": "x"}': "no text in field 'text'",
-    b'{"text": 3}': "no text in field 'text'",
-    b"[1]": "not a JSON object",
+    b'{"body": "x"}': "not an object with a text in field 'text'",
+    b'{"text": 3}': "not an object with a text in field 'text'",
+    b"[1]": "not an object with a text in field 'text'",
     b'{"text": " "}': "empty text",
     b"": "empty line",
     b'{"text": "\xff"}': "not UTF-8",
@@ -135,20 +135,20 @@ def test_one_bad_line_too_many_is_an_error_that_lists_the_first(tmp_path: Path) 
 
 def test_text_that_is_not_utf8_or_empty_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"o\rn\re\ntwo \xff\nthree\n")
-    (tmp_path / "b.txt").write_bytes(b"a\0b\n")
+    (tmp_path / "b.txt").write_bytes(b"first\na\0b\n")
     (tmp_path / "c.txt").write_bytes(b" \n")
     documents, bad = read(tmp_path, limit=3)
     assert documents == []
-    assert [quote.removeprefix(f"{tmp_path}/")[:18] for quote in bad.quotes] == [
-        "a.txt:2: not UTF-8",  # a line ends at its line feed
-        "b.txt:1: null byte",
-        "c.txt:1: empty tex",
+    assert [quote.removeprefix(f"{tmp_path}/") for quote in bad.quotes] == [
+        "a.txt: not UTF-8 in line 2: two \ufffd",  # a line ends at its line feed
+        "b.txt: contains null bytes in line 2: a\0b",
+        "c.txt: empty text: ",
     ]
 
 
 def test_the_line_that_is_not_utf8_is_named_behind_a_byte_order_mark_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\n\xffcd")
-    assert read(tmp_path, limit=1)[1].quotes == [f"{tmp_path / 'a.txt'}:2: not UTF-8: \ufffdcd"]
+    assert read(tmp_path, limit=1)[1].quotes == [f"{tmp_path / 'a.txt'}: not UTF-8 in line 2: \ufffdcd"]
 
 
 def test_empty_files_are_left_out_counted_and_named(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_parquet_rows_without_text_are_bad_and_a_missing_column_is_an_error(tmp_
     parquet.write_table(pyarrow.table({"body": ["x", None, ""], "n": [1, 2, 3]}), path)
     documents, bad = read(path, limit=2, text_field="body")
     assert [document.text for document in documents] == ["x"]
-    assert [quote.split(": ")[1] for quote in bad.quotes] == ["no text in field 'body'", "empty text"]
+    assert [quote.split(": ")[1] for quote in bad.quotes] == ["not an object with a text in field 'body'", "empty text"]
     with pytest.raises(DataError, match=r"no column 'text'; set text_field to one of \['body', 'n'\]"):
         read(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sysconfig
 from email.message import Message
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from step35.data import sources
 from step35.data.dedup import Deduplicator
 from step35.data.docstrings import docstring_document
+from step35.data.document import Document
 from step35.data.licences import licence_problem
-from step35.data.sources import Document, collect
+from step35.data.sources import collect
 from step35.errors import DataError
 
 CODE = "\n".join(f"def function_{number}(value):\n    return value + {number}" for number in range(20))
@@ -113,8 +115,29 @@ def test_extra_folder_comes_first_and_bad_lines_are_named(small_world: Path, tmp
     assert [line[: len("records.jsonl:2:")] for line in named] == [
         "records.jsonl:2:",
         "records.jsonl:3:",
+        "records.jsonl:4:",
         "records.jsonl:5:",
     ]
+
+
+def test_bad_lines_of_the_users_files_are_counted_without_end_and_quoted_ten_times(
+    small_world: Path, tmp_path: Path
+) -> None:
+    deep, many = tmp_path / "deep.jsonl", tmp_path / "many.jsonl.gz"
+    deep.write_bytes(b"[" * 100_000 + b'\n{"text": "a good record"}\n')
+    many.write_bytes(gzip.compress(b"{broken\n" * 100_000))
+    documents, report = collect(100_000, 0, [deep, many])
+    assert documents[0].text == "a good record"
+    assert report.bad.count == 100_001
+    assert len(report.bad.quotes) == 10
+    assert report.record()["skipped"][-1] == "and 99,991 more"
+
+
+def test_a_long_text_of_the_user_is_read_no_further_than_needed(small_world: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"line {number}\n" for number in range(250_000)))
+    documents, _ = collect(100_000, 0, [tmp_path / "long.txt"])
+    assert len(documents) == 1
+    assert len(documents[0].text) < 1_100_000
 
 
 def test_missing_extra_path_is_an_error(small_world: Path, tmp_path: Path) -> None:

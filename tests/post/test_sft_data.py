@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from step35.data.lines import zstd
 from step35.errors import DataError
 from step35.post.sft import Conversation, read_conversations, write_conversations
+
+
+def zstd_compress(content: bytes) -> bytes:
+    return bytes(zstd().compress(content))
+
 
 GOOD = Conversation(
     [{"role": "user", "content": "où?"}, {"role": "assistant", "content": "ici", "reasoning_content": "a\nb"}],
@@ -30,11 +38,11 @@ def test_tools_may_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ("not json", "JSONDecodeError"),
+        ("not json", "not JSON"),
         ('{"prompt": "hi"}', "messages"),
         ("[1, 2]", "TypeError"),
         ("7", "TypeError"),
-        ('{"messages": [', "JSONDecodeError"),
+        ('{"messages": [', "not JSON"),
         ('{"messages": [{"role": "developer", "content": "hi"}]}', "DataError"),
         ('{"messages": [{"role": "user", "content": 5}]}', "DataError"),
         ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": ["f"]}]}', "Error"),
@@ -48,8 +56,7 @@ def test_a_bad_line_is_named_and_skipped(tmp_path: Path, bad: str, why: str) -> 
     warnings: list[str] = []
     assert read_conversations(path, warnings.append) == [GOOD, GOOD]
     [warning] = warnings
-    assert "line 2: skipped" in warning
-    assert str(path) in warning
+    assert warning.startswith(f"skipped: {path}:2: ")
     assert why in warning
     assert bad[:10] in warning
 
@@ -60,15 +67,48 @@ def test_messages_that_are_no_list_of_messages_are_bad_too(tmp_path: Path, bad: 
     path.write_text(f'{bad}\n{{"messages": []}}\n')
     warnings: list[str] = []
     assert len(read_conversations(path, warnings.append)) == 1
-    assert "line 1: skipped" in warnings[0]
+    assert warnings[0].startswith(f"skipped: {path}:1: ")
 
 
 def test_bytes_that_are_no_text_spoil_only_their_line(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
-    path.write_bytes(b'\xff\xfe\n{"messages": []}\n')
+    path.write_bytes(b'{"messages": [{"role": "user", "content": "\xff"}]}\n{"messages": []}\n')
+    warnings: list[str] = []
+    assert read_conversations(path, warnings.append) == [Conversation([], [])]
+    assert warnings[0].startswith(f"skipped: {path}:1: not UTF-8")
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstd_compress)])
+def test_compressed_files_are_read(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"c.jsonl.{suffix}"
+    path.write_bytes(pack(b'{"messages": []}\n'))
+    assert read_conversations(path, warn=pytest.fail) == [Conversation([], [])]
+    path.write_bytes(pack(b'{"messages": []}\n')[:-5])
+    with pytest.raises(DataError, match="can be read up to line"):
+        read_conversations(path, warn=pytest.fail)
+
+
+def test_many_bad_lines_are_ten_warnings_and_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"messages": []}\n' + b"{broken\n" * 5_000 + b"[" * 100_000)
     warnings: list[str] = []
     assert len(read_conversations(path, warnings.append)) == 1
-    assert "line 1" in warnings[0]
+    assert len(warnings) == 11
+    assert warnings[-1] == f"{path}: 5,001 lines skipped in all"
+
+
+def test_no_depth_of_nesting_is_a_traceback(tmp_path: Path) -> None:
+    def line(depth: int) -> str:
+        call = {"function": {"name": "f", "arguments": {"x": 0}}}
+        text = json.dumps(
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]}
+        )
+        return text.replace('"x": 0', '"x": ' + "[" * depth + "]" * depth)
+
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(line(depth) + "\n" for depth in range(600, 1200)))
+    found = read_conversations(path, lambda text: None)
+    assert 0 < len(found) < 600
 
 
 def test_a_file_without_any_conversation_is_refused(tmp_path: Path) -> None:

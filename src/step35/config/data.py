@@ -48,7 +48,7 @@ class PrepareConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of file sampling, of the document order and of the arithmetic documents."""
     extra: tuple[str, ...] = ()
-    """Your own text: files or folders of .txt, .md, .py, .jsonl (records with a "text" field)."""
+    """Your own text: files and folders as in the paths of a named source; records have it in their field "text"."""
     sources: tuple[SourceConfig, ...] = ()
     """Named sources, each in token shards of its own for a recipe's mixture, instead of the corpus above."""
 

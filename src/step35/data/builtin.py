@@ -14,9 +14,10 @@ from itertools import count
 from step35.config.base import suggest
 from step35.data import needle
 from step35.data.dedup import Deduplicator
+from step35.data.document import Document
 from step35.data.lines import BadLines
 from step35.data.mixture import arithmetic_documents
-from step35.data.sources import Document, SourceFile, SourceReport, code_documents, docstring_documents, python_files
+from step35.data.sources import SourceFile, SourceReport, code_documents, docstring_documents, python_files
 from step35.errors import ConfigError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import sys
 import zlib
@@ -26,18 +27,19 @@ class BadLines:
     count: int = 0
     """Bad lines; a piece of a text counts as one."""
     quotes: list[str] = field(default_factory=list)
-    """Of lines: "file:line: reason: content"."""
+    """Of lines: "file:line: reason: content"; of texts without the line."""
     left_out: int = 0
     """Files."""
     files: list[str] = field(default_factory=list)
     """Of files: "file: reason"."""
 
-    def add(self, path: Path, line: int, reason: str, content: str | bytes = "") -> None:
-        """Count a line; raises `DataError` when it is one too many."""
+    def add(self, path: Path, line: int | None, reason: str, content: str | bytes = "") -> None:
+        """Count a line, or a text (None); raises `DataError` when it is one too many."""
         self.count += 1
         if self.count <= _QUOTES:
             text = content[:80].decode(errors="replace") if isinstance(content, bytes) else content[:80]
-            self.quotes.append(f"{path}:{line}: {reason}: {text.strip()}")
+            place = path if line is None else f"{path}:{line}"
+            self.quotes.append(f"{place}: {reason[:200]}: {text.strip()}")
         if self.count > self.limit:
             raise DataError(
                 f"more than max_bad_lines={self.limit} lines cannot be used; repair them, or raise the limit. "
@@ -82,6 +84,22 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[bytes]:
         ) from None
     if not lines:
         bad.leave_out(path, "empty")
+
+
+def read_records(path: Path, bad: BadLines) -> Iterator[tuple[int, Any, bytes]]:
+    """Yield the number, the value and the content of each line of JSON; lines that are none go to `bad`.
+
+    Raises `DataError` as `read_lines` and `BadLines.add` do.
+    """
+    for number, line in enumerate(read_lines(path, bad), start=1):
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            bad.add(path, number, "not UTF-8", line)
+        except (ValueError, RecursionError) as error:
+            bad.add(path, number, f"not JSON ({error})" if line.strip() else "empty line", line)
+        else:
+            yield number, record, line
 
 
 def _open_zstd(path: Path) -> BinaryIO:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from step35.data import arithmetic
-from step35.data.sources import Document
+from step35.data.document import Document
 from step35.data.tokenizer import Tokenizer
 
 Progress = Callable[[str, float, float, str], None]

@@ -18,6 +18,7 @@ import numpy as np
 
 from step35.config.data import PrepareConfig
 from step35.data.baselines import unigram_bigram
+from step35.data.document import Document
 from step35.data.lines import BadLines, total
 from step35.data.loader import validation
 from step35.data.mixture import (
@@ -30,7 +31,7 @@ from step35.data.mixture import (
 )
 from step35.data.shards import ShardWriter, TokenShards
 from step35.data.source_shards import first_documents, join_validation, source_documents, write_source
-from step35.data.sources import Document, SourceReport, collect
+from step35.data.sources import SourceReport, collect
 from step35.data.steps import VERSION, Steps, key_of, write_record
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError

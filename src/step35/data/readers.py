@@ -7,16 +7,15 @@ whole (cut off, failing its checksum) is an error that says how far it could be 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step35.data.lines import COMPRESSED, BadLines, read_lines
+from step35.data.document import Document
+from step35.data.lines import COMPRESSED, BadLines, read_lines, read_records
 from step35.data.shards import TokenShards
-from step35.data.sources import Document
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
 
@@ -84,10 +83,8 @@ class _File:
     def from_record(self, record: Any, line: int, content: str | bytes) -> Iterator[Document]:
         """Yield the record's document, or nothing after noting why there is none."""
         text = record.get(self.text_field) if isinstance(record, dict) else None
-        if not isinstance(record, dict):
-            self.bad.add(self.path, line, "not a JSON object", content)
-        elif not isinstance(text, str):
-            self.bad.add(self.path, line, f"no text in field {self.text_field!r}", content)
+        if not isinstance(text, str):
+            self.bad.add(self.path, line, f"not an object with a text in field {self.text_field!r}", content)
         elif not text.strip():
             self.bad.add(self.path, line, "empty text", content)
         else:
@@ -143,12 +140,15 @@ def _text(file: _File) -> Iterator[Document]:
         except UnicodeDecodeError as error:
             read = bytes(error.object)  # the piece without its byte order mark, which `error.start` does not count
             at = read.count(b"\n", 0, error.start)
-            file.bad.add(file.path, line + at, "not UTF-8", read.split(b"\n")[at])
+            file.bad.add(file.path, None, f"not UTF-8 in line {line + at}", read.split(b"\n")[at])
         else:
-            if text.strip() and "\0" not in text:
+            if "\0" in text:
+                at = text.count("\n", 0, text.index("\0"))
+                file.bad.add(file.path, None, f"contains null bytes in line {line + at}", text.split("\n")[at])
+            elif text.strip():
                 yield file.document(text, kind=kind, language=language)
             else:
-                file.bad.add(file.path, line, "null bytes" if text.strip() else "empty text")
+                file.bad.add(file.path, None, "empty text")
         line += piece.count(b"\n")
 
 
@@ -166,15 +166,8 @@ def _pieces(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _json_lines(file: _File) -> Iterator[Document]:
-    for number, line in enumerate(read_lines(file.path, file.bad), start=1):
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            file.bad.add(file.path, number, "not UTF-8", line)
-        except (ValueError, RecursionError) as error:
-            file.bad.add(file.path, number, f"not JSON ({error})" if line.strip() else "empty line", line)
-        else:
-            yield from file.from_record(record, number, line)
+    for number, record, line in read_records(file.path, file.bad):
+        yield from file.from_record(record, number, line)
 
 
 def _parquet(file: _File) -> Iterator[Document]:

@@ -15,11 +15,11 @@ import numpy as np
 
 from step35.config.data import PrepareConfig, SourceConfig
 from step35.data.builtin import builtin_documents
+from step35.data.document import Document
 from step35.data.lines import BadLines
 from step35.data.mixture import BATCH_CHARS, EncodedDocument, Progress, encode_documents, in_batches
 from step35.data.readers import read_documents
 from step35.data.shards import ShardWriter, TokenShards
-from step35.data.sources import Document
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
 

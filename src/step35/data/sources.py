@@ -1,8 +1,9 @@
 """Real text that every machine has: standard library, installed packages, their docstrings, the user's files.
 
 First step of `prepare`. Each document carries the report's meta tokens (app. A.3): a readable line of type,
-language, domain and source. Bad files never stop a run: they are skipped, counted and named in the report. A
-file gives either its code or its docstrings, never both, so validation cannot repeat what training has seen.
+language, domain and source. What cannot be read of the machine's files never stops a run: it is counted, and the
+first are named in the report. A file gives either its code or its docstrings, never both, so validation cannot
+repeat what training has seen.
 
 Deterministic for one Python environment: files are sorted before they are shuffled by seed, and named
 relative to their root. It judges quality by simple rules only; there are no learned scorers here.
@@ -11,7 +12,6 @@ relative to their root. It judges quality by simple rules only; there are no lea
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import random
 import re
@@ -25,9 +25,10 @@ from typing import Any
 
 from step35.data.dedup import Deduplicator
 from step35.data.docstrings import docstring_document
+from step35.data.document import Document
 from step35.data.licences import licence_problem
 from step35.data.lines import BadLines, total
-from step35.errors import DataError
+from step35.data.readers import read_documents
 
 STDLIB_SHARE = 0.60
 PACKAGES_SHARE = 0.25
@@ -40,27 +41,8 @@ _SKIPPED_FOLDERS = frozenset(
     __pycache__ _vendor dist-packages idlelib lib2to3 site-packages test tests third_party vendor
     """.split()  # noqa: SIM905
 )
-_USER_SUFFIXES = frozenset((".txt", ".md", ".py", ".jsonl"))
 _DATA_LINE = re.compile(r"""\s*[\[({]*\s*([bBuUrR]?(?P<quote>['"])(?!(?P=quote){2})|[-+.]?\d)""")
 """A line that starts with a literal: a table row. Docstrings (three quotes) are not meant."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and what the meta line says about it."""
-
-    text: str
-    kind: str
-    """code, documentation, text or arithmetic."""
-    language: str
-    domain: str
-    source: str
-    """Relative name, for example "stdlib/json/decoder.py"."""
-
-    @property
-    def meta(self) -> str:
-        """The readable metadata line that the document starts with (app. A.3)."""
-        return f"type: {self.kind} | language: {self.language} | domain: {self.domain} | source: {self.source}"
 
 
 @dataclass
@@ -103,13 +85,12 @@ def collect(
     """Sample about `budget_chars` characters of documents, the user's files (`extra`) first.
 
     The rest is 60% standard library code, 25% package code and 15% docstrings; what one source lacks, the
-    next one fills. `on_progress` gets the characters taken so far. Raises `DataError` when a path in `extra`
-    does not exist.
+    next one fills. `on_progress` gets the characters taken so far. Raises `DataError` as `read_documents` does.
     """
     collection = _Collection(on_progress)
     report = collection.report
     rng = random.Random(seed)
-    collection.take_until(budget_chars, _user_documents(extra, report))
+    collection.take_until(budget_chars, read_documents(extra, report.bad, domain="user"))
     start = collection.characters
     rest = max(0, budget_chars - start)
     # One document is at most a fiftieth of the budget, so that small corpora are mixed too.
@@ -163,20 +144,16 @@ def _interleave(groups: list[list[SourceFile]], rng: random.Random) -> list[Sour
 
 def _stdlib_files(report: SourceReport) -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (
-        PurePath(path.relative_to(root)).as_posix()
-        for path in _walk(root, report, _SKIPPED_FOLDERS)
-        if path.suffix == ".py"
-    )
+    names = (PurePath(path.relative_to(root)).as_posix() for path in _walk(root, report) if path.suffix == ".py")
     return [SourceFile(root / name, f"stdlib/{name}", "standard library") for name in sorted(names)]
 
 
-def _walk(root: Path, report: SourceReport, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _walk(root: Path, report: SourceReport) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         report.bad.leave_out(os.path.relpath(error.filename, root.parent), str(error.strerror))
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(set(folders) - left_out)
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         yield from (Path(folder, name) for name in sorted(files))
 
 
@@ -258,40 +235,3 @@ def _read(path: Path, name: str, report: SourceReport) -> str:
         report.bad.leave_out(name, "contains null bytes")
         return ""
     return text.replace("\r\n", "\n")
-
-
-def _user_documents(extra: Sequence[Path], report: SourceReport) -> Iterator[Document]:
-    for given in extra:
-        if not given.exists():
-            raise DataError(f"extra text {str(given)!r} does not exist; give a file or folder of {_suffixes()}.")
-        for path in _walk(given, report) if given.is_dir() else [given]:
-            name = path.relative_to(given.parent).as_posix()
-            if path.suffix not in _USER_SUFFIXES:
-                report.bad.leave_out(path, f"suffix is not one of {_suffixes()}")
-            elif path.suffix == ".jsonl":
-                yield from _json_lines(path, name, report)
-            elif text := _read(path, str(path), report):
-                is_code = path.suffix == ".py"
-                yield Document(text, "code" if is_code else "text", "python" if is_code else "unknown", "user", name)
-
-
-def _suffixes() -> str:
-    return ", ".join(sorted(_USER_SUFFIXES))
-
-
-def _json_lines(path: Path, name: str, report: SourceReport) -> Iterator[Document]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        report.bad.leave_out(path, str(error.strerror or error))
-        return
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:  # bad JSON and bad UTF-8 alike
-            report.bad.add(path, number, f"not JSON ({error})", line)
-            continue
-        if isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]:
-            yield Document(record["text"], "text", "unknown", "user", name)
-        elif line.strip():
-            report.bad.add(path, number, 'not an object with a string "text"', line)

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from step35.api.messages import Message, ToolSchema
 from step35.config.train import TrainConfig
 from step35.data import chat
+from step35.data.lines import BadLines, read_records
 from step35.data.loader import PackedLoader
 from step35.data.packing import Row, pack_conversations
 from step35.data.tokenizer import Tokenizer
@@ -36,28 +38,35 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
 
 
 def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversation]:
-    """Read JSON lines of conversations; a bad line is named, counted and skipped."""
+    """Read JSON lines of conversations, also .gz or .zst; bad lines are skipped, counted, and the first ten named.
+
+    Raises `DataError` when the file is not there, is damaged, or holds no conversation.
+    """
     if not path.is_file():
         raise DataError(f"{path} is not there; give a file of JSON lines with a 'messages' list each.")
-    found, bad = [], 0
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                messages = record["messages"]
-                if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-                    raise TypeError("'messages' is not a list of messages")
-                conversation = Conversation(messages, record.get("tools") or [])
-                chat.segments(conversation.messages, conversation.tools)  # raises for what cannot be rendered
-                found.append(conversation)
-            except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
-                bad += 1
-                warn(f"{path}, line {number}: skipped ({type(error).__name__}: {error}): {line[:60]!r}")
+    found, bad = [], BadLines()
+    for number, record, line in read_records(path, bad):
+        try:
+            found.append(_conversation(record))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
+            bad.add(path, number, f"{type(error).__name__}: {error}", line)
+    for quote in bad.quotes:
+        warn(f"skipped: {quote}")
+    if bad.count > len(bad.quotes):
+        warn(f"{path}: {bad.count:,} lines skipped in all")
     if not found:
-        raise DataError(f"{path} holds no conversation ({bad} bad lines); each line needs a 'messages' list.")
+        raise DataError(f"{path} holds no conversation ({bad.count} bad lines); each line needs a 'messages' list.")
     return found
+
+
+def _conversation(record: Any) -> Conversation:
+    """Return the conversation of a record; raises what comes of a record that is none, or cannot be rendered."""
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise TypeError("'messages' is not a list of messages")
+    conversation = Conversation(messages, record.get("tools") or [])
+    chat.segments(conversation.messages, conversation.tools)
+    return conversation
 
 
 def fine_tune(
