@@ -37,3 +37,17 @@ def test_what_is_run_over_must_be_said(
     (tmp_path / "empty.txt").write_text("")
     assert cli.main([*command, "--text", str(tmp_path / "empty.txt")]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", [".tmp", ".former"])
+def test_nothing_of_the_users_is_removed(
+    micro_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    text, mine = tmp_path / "text.txt", tmp_path / f"out{ending}"
+    text.write_text("What is 12 * 34?")
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    command = ["clip", str(micro_checkpoint), str(tmp_path / "out"), "--text", str(text), "--tau", "1"]
+    assert cli.main(command) == 2
+    assert f"'{mine}' is in the way" in capsys.readouterr().err
+    assert (mine / "notes.txt").read_text() == "mine"

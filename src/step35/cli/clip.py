@@ -43,7 +43,7 @@ class Args(Config):
 
 def main(args: Args) -> int:
     """Measure, clip, write; print what was clipped."""
-    from step35.cli.stages import publish
+    from step35.cli.stages import check_beside, publish
     from step35.data.tokenizer import load_tokenizer
     from step35.model.weights import load_model
     from step35.runtime.console import Console
@@ -55,6 +55,7 @@ def main(args: Args) -> int:
         )
     if args.out.exists():
         raise ConfigError(f"out={args.out} exists; choose a new folder.")
+    check_beside(args.out)
     model, tokenizer, console = load_model(args.path), load_tokenizer(args.path), Console()
     largest = largest_products(model, _batches(args, tokenizer))
     rows = [

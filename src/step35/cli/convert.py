@@ -69,6 +69,8 @@ def main(args: Args) -> int:
 
 def _check_target(args: Args) -> None:
     """Refuse a target that would destroy something, or a format that it cannot have."""
+    from step35.cli.stages import check_beside
+
     source, out = args.path.resolve(), args.out.resolve()
     if out == source or out in source.parents:
         raise ConfigError(f"out={args.out} is or holds what is read, {args.path}; choose another one.")
@@ -84,9 +86,7 @@ def _check_target(args: Args) -> None:
         raise ConfigError("dtype=q8_0 exists in GGUF files only; add --to gguf, or choose float8.")
     if out == Path.cwd():
         raise ConfigError(f"out={args.out} is the current folder, which cannot be replaced; name another one.")
-    for beside in (out.with_name(out.name + ending) for ending in (".tmp", ".former")):
-        if beside.exists():
-            raise ConfigError(f"'{beside}' is in the way: writing needs that name; move it, or choose another out.")
+    check_beside(out)
     is_checkpoint = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
     if out.exists() and not is_checkpoint and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={args.out} exists and is not a checkpoint folder; choose a new or an empty one.")

@@ -268,7 +268,7 @@ def publish(model: Step35, tokenizer: Tokenizer, folder: Path, *, dtype: str = "
 def publish_tensors(source: Tensors, config: ModelConfig, tokenizer: Tokenizer, folder: Path, *, dtype: str) -> None:
     """Write a whole checkpoint folder from `source`, whole or not at all; `dtype` is one of `save_tensors`."""
     folder = folder.resolve()
-    draft, former = (folder.with_name(folder.name + ending) for ending in (".tmp", ".former"))
+    draft, former = _beside(folder)
     shutil.rmtree(draft, ignore_errors=True)
     save_tensors(source, config, draft, dtype=dtype)
     tokenizer.save(draft)
@@ -278,6 +278,21 @@ def publish_tensors(source: Tensors, config: ModelConfig, tokenizer: Tokenizer, 
         folder.rename(former)
     draft.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def check_beside(folder: Path) -> None:
+    """Raise `ConfigError` when something lies where `publish_tensors` works, since it would be deleted.
+
+    Not for a run's own folder, where only a killed publication leaves anything.
+    """
+    for path in _beside(folder.resolve()):
+        if path.exists():
+            raise ConfigError(f"'{path}' is in the way: writing needs that name; move it, or choose another out.")
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Return where the new content of `folder` is made, and where its old content waits to be deleted."""
+    return folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.former")
 
 
 def write_generation_config(config: ModelConfig, folder: Path) -> None:
