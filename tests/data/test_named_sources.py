@@ -240,6 +240,24 @@ def test_copies_get_the_same_side_whatever_their_meta_line() -> None:
     assert {HeldBack(100).side(document(1, *range(n, n + 30))) for n in range(100)} == {"train"}  # too long
 
 
+def test_a_long_meta_line_does_not_part_the_copies_of_a_text() -> None:
+    def side(held_back: HeldBack, n: int, meta_tokens: int) -> str:
+        return held_back.side(EncodedDocument(np.array([9] * meta_tokens + [n]), "", meta_tokens))
+
+    held_back = HeldBack(100)
+    with_long_meta = [side(held_back, n, 40) for n in range(200)]
+    with_short_meta = [side(held_back, n, 1) for n in range(200)]
+    assert {"val", "train"} == set(with_long_meta)
+    assert with_short_meta == ["copy" if found == "val" else "train" for found in with_long_meta]
+
+
+def test_a_source_of_one_text_trains_on_it() -> None:
+    for n in range(100):
+        held_back = HeldBack(100)
+        document = EncodedDocument(np.array([1, n]), "", meta_tokens=1)
+        assert [held_back.side(document) for _ in range(3)] == ["train"] * 3
+
+
 def test_a_folder_of_today_opens_as_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document(f"number {n} " * 5, "code", "python", "x", f"{n}.py") for n in range(60)]
     monkeypatch.setattr(prepare_module, "collect", lambda *_, **__: (documents, prepare_module.SourceReport()))

@@ -76,21 +76,25 @@ def write_source(
 class HeldBack:
     """Chooses documents for validation by a hash of their text, so that all copies of a text get the same answer.
 
-    One text in ten is held back until `tokens` are full, once; its later copies are left out of training. Longer
-    documents than a quarter of `tokens` stay in training.
+    One text in ten is held back until `tokens` are full, once; its later copies are left out of training. Texts
+    longer than a quarter of `tokens` stay in training, and so does the first one: a small source has something left.
     """
 
     def __init__(self, tokens: int) -> None:
         self._left = tokens
         self._longest = tokens / 4
         self._texts: set[bytes] = set()
+        self._first: bytes | None = None
 
     def side(self, document: EncodedDocument) -> Literal["train", "val", "copy"]:
         """Say where the next document of the stream goes."""
-        text = hashlib.blake2b(document.ids[document.meta_tokens :].tobytes(), digest_size=16).digest()
+        # Copies may differ in their meta line, so it has no say.
+        ids = document.ids[document.meta_tokens :]
+        text = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
         if text in self._texts:
             return "copy"
-        if text[0] % 10 or self._left <= 0 or document.ids.size > self._longest:
+        self._first = self._first or text
+        if text[0] % 10 or text == self._first or self._left <= 0 or ids.size > self._longest:
             return "train"
         self._texts.add(text)
         self._left -= document.ids.size
