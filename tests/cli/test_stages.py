@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from step35.api.messages import Message
-from step35.cli.stages import stage, synthesise
+from step35.cli.stages import publish, stage, synthesise
 from step35.config.post import EvalConfig, SFTConfig
+from step35.data.tokenizer import load_tokenizer
 from step35.errors import ConfigError
+from step35.model.weights import load_model
 from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
 
@@ -53,6 +56,23 @@ def test_a_stage_refuses_other_content_at_the_same_place(tmp_path: Path) -> None
     source.write_text("two", encoding="utf-8")
     with pytest.raises(ConfigError, match="content of text"):
         stage(run, settings, lambda: {"made": 2}, Console(), text=source)
+
+
+def test_a_model_is_on_the_disk_before_it_is_published(
+    micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, out = load_model(micro_checkpoint), load_tokenizer(micro_checkpoint), tmp_path / "model"
+    publish(model, tokenizer, out)
+    order: list[int | str] = []  # inodes of what is flushed, names of what is renamed to
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(Path, "rename", lambda path, new: (order.append(new.name), rename(path, new)))
+    publish(model, tokenizer, out)
+    published = order.index("model")
+    for path in (out, *out.iterdir()):
+        assert path.stat().st_ino in order[:published], path
+    assert tmp_path.stat().st_ino in order[published:]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_moved_run_is_still_done(tmp_path: Path) -> None:

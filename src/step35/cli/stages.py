@@ -43,7 +43,7 @@ from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
 from step35.runtime.device import reuse_memory
-from step35.runtime.disk import fingerprint
+from step35.runtime.disk import fingerprint, sync_directory
 from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
@@ -277,6 +277,7 @@ def publish_tensors(source: Tensors, config: ModelConfig, tokenizer: Tokenizer, 
         shutil.rmtree(former, ignore_errors=True)
         folder.rename(former)
     draft.rename(folder)
+    sync_directory(folder.parent)  # what is in it was flushed as it was written
     shutil.rmtree(former, ignore_errors=True)
 
 

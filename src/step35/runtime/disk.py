@@ -102,11 +102,13 @@ def fingerprint(path: Path) -> str:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and rename it, so that a file under its final name is always whole."""
+    """Let `write` fill a temporary file, flush and rename it, so that a file under its final name is always whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
