@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from step35.data.shards import TokenShards
 from step35.data.source_shards import HeldBack
 from step35.data.sources import SourceFile
 from step35.data.steps import key_of
-from step35.data.tokenizer import train_tokenizer
+from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import ConfigError, DataError
 
 CONTEXT = 64
@@ -155,10 +156,84 @@ def test_a_second_call_does_nothing_and_an_interrupted_one_goes_on_behind_the_fi
         assert documents_of(resumed.sources[name.name]) == documents_of(unbroken.sources[name.name])
 
 
-def test_a_changed_file_starts_over(tmp_path: Path, settings: PrepareConfig) -> None:
-    first = key_of(settings, [])
-    (tmp_path / "notes" / "new.md").write_text("new")
-    assert key_of(settings, []) != first
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record which sources are written, and which tokenizers trained; the sample is short."""
+    found: list[str] = []
+    write_source, train_tokenizer = prepare_module.write_source, prepare_module.train_tokenizer
+
+    def write(folder: Path, source: SourceConfig, *rest: object) -> dict[str, object]:
+        found.append(source.name)
+        return write_source(folder, source, *rest)  # type: ignore[arg-type]
+
+    def train(texts: list[str], vocab_size: int) -> Tokenizer:
+        found.append("tokenizer")
+        return train_tokenizer(texts, vocab_size)
+
+    monkeypatch.setattr(prepare_module, "write_source", write)
+    monkeypatch.setattr(prepare_module, "train_tokenizer", train)
+    monkeypatch.setattr(prepare_module, "_SAMPLE_CHARS", 6_000)
+    return found
+
+
+def with_change(settings: PrepareConfig, name: str, **change: object) -> PrepareConfig:
+    changed = [source.model_copy(update=change if source.name == name else {}) for source in settings.sources]
+    return settings.model_copy(update={"sources": tuple(changed)})
+
+
+def test_times_and_limits_of_bad_lines_change_nothing(
+    tmp_path: Path, settings: PrepareConfig, written: list[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare(out, settings, context=CONTEXT)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    os.utime(tmp_path / "web.jsonl", (1, 1))
+    prepare(out, with_change(settings, "web", max_bad_lines=7), context=CONTEXT)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_a_source_is_kept_when_another_one_changes(tmp_path: Path, settings: PrepareConfig, written: list[str]) -> None:
+    out = tmp_path / "out"
+    prepare(out, settings, context=CONTEXT)
+    assert written == ["tokenizer", "web", "notes", "sums"]
+    written.clear()
+    (tmp_path / "notes" / "99.md").write_text("A note behind what the tokenizer is trained on.")
+    prepare(out, settings, context=CONTEXT)
+    assert written == ["notes"]
+    settings = with_change(settings, "sums", chars=25_000)
+    again = prepare(out, settings, context=CONTEXT)
+    assert written == ["notes", "sums"]
+    anew = prepare(tmp_path / "anew", settings, context=CONTEXT)
+    assert again.record == anew.record
+    assert (out / "steps.json").read_text() == (tmp_path / "anew" / "steps.json").read_text()
+    assert documents_of(again.val) == documents_of(anew.val)
+
+
+def test_a_change_at_the_start_of_a_source_trains_another_tokenizer_for_all(
+    tmp_path: Path, settings: PrepareConfig, written: list[str]
+) -> None:
+    prepare(tmp_path / "out", settings, context=CONTEXT)
+    written.clear()
+    (tmp_path / "notes" / "00.md").write_text("Ein anderer Anfang, der andere Paare hat. " * 9)
+    prepare(tmp_path / "out", settings, context=CONTEXT)
+    assert written == ["tokenizer", "web", "notes", "sums"]
+
+
+def test_a_stop_while_a_tokenizer_is_replaced_leaves_no_mixture(
+    tmp_path: Path, settings: PrepareConfig, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    first = prepare(out, settings, context=CONTEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_source", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(out, settings, context=CONTEXT, tokenizer_texts=["another word, another word"])
+    again = prepare(out, settings, context=CONTEXT)
+    assert again.record == first.record
+    assert again.tokenizer.encode("another") == first.tokenizer.encode("another")
 
 
 def test_the_key_of_settings_without_sources_is_what_it_was_before_there_were_any() -> None:

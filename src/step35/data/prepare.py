@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from step35.data.mixture import (
 from step35.data.shards import ShardWriter, TokenShards
 from step35.data.source_shards import first_documents, join_validation, source_documents, write_source
 from step35.data.sources import SourceReport, collect
-from step35.data.steps import VERSION, Steps, key_of, write_record
+from step35.data.steps import VERSION, Steps, hashed, key_of, source_key, write_record
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
 from step35.runtime.disk import disk_errors, read_record
@@ -104,15 +105,15 @@ def prepare(
     vocabulary but are not in the corpus. Raises `DataError` and `DiskFullError`.
     """
     key = key_of(settings, tokenizer_texts)
-    steps = Steps(out, key, _step_files(settings))
+    steps = Steps(out, _step_files(settings))
     former = read_record(out / "prepare.json")
-    if steps.result("shards") and former.get("key") == key and former.get("context") == context:
+    if steps.whole("shards") and former.get("key") == key and former.get("context") == context:
         return PreparedData.load(out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     (out / "prepare.json").unlink(missing_ok=True)
     build = _build_sources if settings.sources else _build_corpus
-    corpus = steps.result("shards") or build(out, settings, tokenizer_texts, steps, progress)
+    corpus = steps.once("shards", key, partial(build, out, settings, tokenizer_texts, steps, progress))
     unigram_loss, bigram_loss = _baselines(out, list(corpus.get("named", ())), context, progress)
     record = {
         "version": VERSION,
@@ -152,9 +153,7 @@ def _build_corpus(
         progress=progress,
     )
     counts = _write_shards(out, tokenizer.vocab_size, encoded, settings, progress)
-    corpus = {"vocab_size": tokenizer.vocab_size, **counts, "sources": report.record()}
-    steps.finish("shards", corpus)
-    return corpus
+    return {"vocab_size": tokenizer.vocab_size, **counts, "sources": report.record()}
 
 
 def _build_sources(
@@ -164,15 +163,11 @@ def _build_sources(
     tokenizer = _tokenizer(out, _sources_sample(tokenizer_texts, settings), settings, steps, progress)
     named = {}
     for source in settings.sources:
-        step, folder = f"source {source.name}", out / "sources" / source.name
-        named[source.name] = steps.result(step)
-        if not named[source.name]:
-            named[source.name] = write_source(folder, source, tokenizer, settings, progress)
-            steps.finish(step, named[source.name])
+        key = source_key(source, settings, out / "tokenizer" / "tokenizer.json")
+        work = partial(write_source, out / "sources" / source.name, source, tokenizer, settings, progress)
+        named[source.name] = steps.once(f"source {source.name}", key, work)
     join_validation(out / "val", [out / "sources" / name for name in named], settings)
-    corpus = {"vocab_size": tokenizer.vocab_size, "named": named, "sources": total(named.values())}
-    steps.finish("shards", corpus)
-    return corpus
+    return {"vocab_size": tokenizer.vocab_size, "named": named, "sources": total(named.values())}
 
 
 def _sources_sample(extra_texts: Sequence[str], settings: PrepareConfig) -> Iterator[str]:
@@ -215,18 +210,19 @@ def _repeated(extra_texts: Sequence[str], characters: int) -> Iterator[str]:
 
 
 def _tokenizer(out: Path, texts: Iterator[str], settings: PrepareConfig, steps: Steps, progress: Progress) -> Tokenizer:
-    """Return the finished tokenizer, or train it on `texts`."""
-    folder = out / "tokenizer"
-    if steps.result("tokenizer"):
-        return Tokenizer.load(folder)
-    sample = list(texts)
-    progress("tokenizer", 0, 1, f"{sum(map(len, sample)) / 1e6:.1f}M characters")
-    tokenizer = train_tokenizer(sample, settings.vocab_size)
-    with disk_errors(folder):
-        tokenizer.save(folder)
-    progress("tokenizer", 1, 1, f"{tokenizer.vocab_size} tokens")
-    steps.finish("tokenizer", {"vocab_size": tokenizer.vocab_size})
-    return tokenizer
+    """Return the tokenizer that was trained on the same `texts`, or train it."""
+    folder, sample = out / "tokenizer", list(texts)
+
+    def train() -> dict[str, Any]:
+        progress("tokenizer", 0, 1, f"{sum(map(len, sample)) / 1e6:.1f}M characters")
+        tokenizer = train_tokenizer(sample, settings.vocab_size)
+        with disk_errors(folder):
+            tokenizer.save(folder)
+        progress("tokenizer", 1, 1, f"{tokenizer.vocab_size} tokens")
+        return {"vocab_size": tokenizer.vocab_size}
+
+    steps.once("tokenizer", hashed(settings.vocab_size, sample), train)
+    return Tokenizer.load(folder)
 
 
 def _write_shards(

@@ -1,55 +1,79 @@
-"""The record of finished steps (`steps.json`), which lets `prepare` go on where it was stopped."""
+"""The record of finished steps (`steps.json`), which lets `prepare` go on where it was stopped.
+
+Each step has a key, a hash of all that shapes its result; a step whose key is the same is not done again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from step35.config.data import PrepareConfig
-from step35.runtime.disk import read_record, write_text
+from step35.config.data import PrepareConfig, SourceConfig
+from step35.runtime.disk import fingerprint, read_record, write_text
 
 VERSION = 1
 
 
 class Steps:
-    """Remembers on disk which steps are done, as long as the settings and the files stay."""
+    """Remembers on disk which steps are done and from what, as long as their files stay."""
 
-    def __init__(self, out: Path, key: str, files: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, out: Path, files: Mapping[str, Sequence[str]]) -> None:
         """A step only counts as finished while its `files` exist, so deleting a damaged folder rebuilds it."""
-        record = read_record(out / "steps.json")
         self._out = out
         self._files = files
-        self._record: dict[str, Any] = record if record.get("key") == key else {"key": key}
+        self._record = read_record(out / "steps.json")
 
-    def result(self, step: str) -> dict[str, Any]:
-        """Return what a finished step left behind, or an empty dictionary."""
-        if not all((self._out / file).is_file() for file in self._files[step]):
-            return {}
-        return dict(self._record.get(step, {}))
+    def whole(self, step: str) -> bool:
+        """Say whether all files of `step` exist."""
+        return all((self._out / file).is_file() for file in self._files[step])
 
-    def finish(self, step: str, result: dict[str, Any]) -> None:
-        """Record that `step` is done."""
-        self._record[step] = result
-        write_record(self._out / "steps.json", self._record)
+    def once(self, step: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `step` left behind when it is finished with `key`; otherwise do `work` and record its result."""
+        former = self._record.get(step, {})
+        if not (self.whole(step) and former.get("key") == key):
+            if self._record.pop(step, None):  # its files are about to change, and `work` may be stopped half-way
+                self._write()
+            self._record[step] = {"key": key, "result": work()}
+            self._write()
+        return dict(self._record[step]["result"])
+
+    def _write(self) -> None:
+        # In one order and without the steps of former settings: the same data have the same files.
+        write_record(self._out / "steps.json", {s: self._record[s] for s in self._files if s in self._record})
 
 
 def key_of(settings: PrepareConfig, tokenizer_texts: Sequence[str]) -> str:
-    """Return a fingerprint of all that shapes the data; the user's files count by size and time of change."""
+    """Return a hash of all that shapes the data: settings, the caller's texts, and what the user's files hold."""
     given = [*settings.extra, *(name for source in settings.sources for name in source.paths)]
-    files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for name in given
-        for path in sorted([Path(name), *Path(name).rglob("*")])
-        if os.path.isfile(path)
-    ]
     # Unset sources are left out: a folder made before there were any keeps its key.
-    chosen = settings.model_dump(exclude=None if settings.sources else {"sources"})
-    content = json.dumps([VERSION, chosen, files, list(tokenizer_texts)])
-    return hashlib.sha256(content.encode()).hexdigest()
+    exclude: Any = {"sources": {"__all__": {"max_bad_lines"}} if settings.sources else True}
+    return hashed(settings.model_dump(exclude=exclude), _contents(given), list(tokenizer_texts))
+
+
+def source_key(source: SourceConfig, settings: PrepareConfig, tokenizer: Path) -> str:
+    """Return a hash of all that shapes the shards of one source, with `tokenizer` the file that encodes it."""
+    shared = (settings.seed, settings.val_tokens // len(settings.sources), settings.shard_tokens)
+    return hashed(source.model_dump(exclude={"max_bad_lines"}), _contents(source.paths), shared, fingerprint(tokenizer))
+
+
+def hashed(*parts: Any) -> str:
+    """Return a hash of JSON values and of the version of what is written."""
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()
+
+
+def _contents(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Return all files of `paths` with their fingerprints."""
+    found = []
+    for path in (path for name in paths for path in sorted([Path(name), *Path(name).rglob("*")])):
+        try:
+            if path.is_file():
+                found.append((str(path), fingerprint(path)))
+        except OSError:
+            found.append((str(path), ""))  # whoever reads it will say why it cannot be read
+    return found
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
