@@ -19,7 +19,9 @@ from step35.data.lines import BadLines
 from step35.data.mixture import EncodedDocument, choose_validation
 from step35.data.prepare import PreparedData, prepare
 from step35.data.sources import SourceReport
-from step35.errors import DataError, DiskFullError
+from step35.errors import DataError, DiskFullError, RunLockedError
+from step35.runtime.disk import fingerprint
+from step35.runtime.lock import LOCK
 
 SETTINGS = PrepareConfig(vocab_size=512, corpus_chars=40_000, val_tokens=1_500, shard_tokens=10_000, seed=3)
 CONTEXT = 64
@@ -59,7 +61,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def test_writes_documents_with_meta_line_in_the_wished_mixture(tmp_path: Path, calls: list[str]) -> None:
@@ -112,6 +115,27 @@ def test_second_call_does_nothing(tmp_path: Path, calls: list[str]) -> None:
     prepare(tmp_path, SETTINGS, context=CONTEXT)
     assert calls == []
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_two_processes_do_not_fill_one_folder(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_mixture = prepare_module.encode_mixture
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        with pytest.raises(RunLockedError, match="is being written by process"):
+            prepare(tmp_path / "out", SETTINGS, context=CONTEXT)
+        return encode_mixture(*arguments, **named)
+
+    monkeypatch.setattr(prepare_module, "encode_mixture", meanwhile)
+    prepare(tmp_path / "out", SETTINGS, context=CONTEXT)
+    assert calls == ["collect", "tokenizer", "tokenise"]
+    monkeypatch.undo()
+    # Runs know their data by this fingerprint, which no lock may change.
+    assert not (tmp_path / "out" / LOCK).exists()
+    before = fingerprint(tmp_path / "out")
+    prepare(tmp_path / "out", SETTINGS, context=CONTEXT)
+    assert fingerprint(tmp_path / "out") == before
 
 
 def test_interrupted_after_the_tokenizer_reuses_it(

@@ -37,6 +37,7 @@ from step35.data.steps import VERSION, Steps, hashed, key_of, source_key, write_
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
 from step35.runtime.disk import disk_errors, read_record
+from step35.runtime.lock import locked
 
 _SAMPLE_CHARS = 3_000_000
 _SAMPLE_ARITHMETIC_DOCUMENTS = 2_000
@@ -102,15 +103,32 @@ def prepare(
     """Fill `out`, or finish filling it, or just open it when it was filled with the same settings.
 
     `context` is the row length of the baselines. `tokenizer_texts` (for example rendered chats) shape the
-    vocabulary but are not in the corpus. Raises `DataError` and `DiskFullError`.
+    vocabulary but are not in the corpus. Raises `DataError`, `DiskFullError`, and `RunLockedError` when another
+    process is filling `out`.
     """
     key = key_of(settings, tokenizer_texts)
+
+    def finished() -> bool:
+        former = read_record(out / "prepare.json")
+        whole = Steps(out, _step_files(settings)).whole("shards")
+        return whole and former.get("key") == key and former.get("context") == context
+
+    if not finished():
+        val = out / "val"
+        with disk_errors(out):
+            val.mkdir(parents=True, exist_ok=True)
+        # Not in `out`: a run knows its data by the files there, and the lock's changes with every process.
+        with locked(val):
+            if not finished():  # another process may just have been
+                _fill(out, settings, key, progress, context, tokenizer_texts)
+    return PreparedData.load(out)
+
+
+def _fill(
+    out: Path, settings: PrepareConfig, key: str, progress: Progress, context: int, tokenizer_texts: Sequence[str]
+) -> None:
+    """Take the steps that are not done yet, and write `prepare.json`."""
     steps = Steps(out, _step_files(settings))
-    former = read_record(out / "prepare.json")
-    if steps.whole("shards") and former.get("key") == key and former.get("context") == context:
-        return PreparedData.load(out)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     (out / "prepare.json").unlink(missing_ok=True)
     build = _build_sources if settings.sources else _build_corpus
     corpus = steps.once("shards", key, partial(build, out, settings, tokenizer_texts, steps, progress))
@@ -125,7 +143,6 @@ def prepare(
         **corpus,
     }
     write_record(out / "prepare.json", record)
-    return PreparedData.load(out)
 
 
 def _step_files(settings: PrepareConfig) -> dict[str, list[str]]:
