@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from step35.data import needle as needle_module
 from step35.data.needle import document, needles
 from step35.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,6 +29,21 @@ def test_documents_differ_by_number_and_seed_and_keep_their_length() -> None:
     assert len(texts) == 10
     assert all(1950 < len(text) < 2050 for text in texts)
     assert document(4, seed=1) == document(4, seed=1)
+
+
+def test_the_work_grows_with_the_text_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = 0
+
+    class Line(str):
+        def __len__(self) -> int:
+            nonlocal measured
+            measured += 1
+            return super().__len__()
+
+    filler = needle_module._filler
+    monkeypatch.setattr(needle_module, "_filler", lambda draw: Line(filler(draw)))
+    lines = document(0, seed=0, characters=100_000).count("\n")
+    assert measured < 2 * lines
 
 
 def test_recalls_lie_farther_back_in_longer_texts() -> None:

@@ -39,9 +39,11 @@ def document(index: int, *, seed: int, characters: int = 700) -> str:
     """
     draw = random.Random(f"needle/{seed}/{index}")
     number = _number(draw, in_probe=False)
-    lines = [_filler(draw)]
-    while sum(map(len, lines)) + len(lines) < characters - 120:  # what the number and its recalls take
+    lines: list[str] = []
+    length = 0
+    while not lines or length < characters - 120:  # what the number and its recalls take
         lines.append(_filler(draw))
+        length += len(lines[-1]) + 1
     half = len(lines) // 2
     for place in sorted((draw.randrange(half, len(lines) + 1) for _ in range(3)), reverse=True):
         lines.insert(place, f"{_QUESTION} {number}.")
