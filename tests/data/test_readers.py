@@ -274,6 +274,16 @@ def test_shards_without_a_tokenizer_are_an_error(tmp_path: Path, tokenizer: Toke
         read(tmp_path / "lonely")
 
 
+def test_shards_of_another_tokenizer_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_shards(tmp_path / "sources" / "one", tokenizer, [Document("x", "a", "b", "c", "d")])
+    other = train_tokenizer(["nothing of what the other one has seen"] * 3, 300)
+    other.save(tmp_path / "tokenizer")
+    with pytest.raises(
+        DataError, match=rf"shards of {tokenizer.vocab_size} tokens, but .*tokenizer has {other.vocab_size}"
+    ):
+        read(tmp_path / "sources")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "txt"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
     packers = {"jsonl.gz": gzip.compress, "jsonl.zst": zstd().compress}

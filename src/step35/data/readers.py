@@ -211,6 +211,11 @@ def _token_shards(file: _File) -> Iterator[Document]:
     if not homes:
         raise DataError(f"{file.path} holds token shards, but there is no tokenizer/ beside or above it to read them.")
     tokenizer = Tokenizer.load(homes[0] / "tokenizer")
+    if shards.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"{file.path} holds token shards of {shards.vocab_size:,} tokens, but {homes[0] / 'tokenizer'} has "
+            f"{tokenizer.vocab_size:,}; put the tokenizer that made the shards beside or above them."
+        )
     for ids in shards.documents():
         meta, _, text = tokenizer.decode(ids[1:-1].tolist()).partition("\n")
         fields = _META_LINE.fullmatch(meta)
