@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_a_batch_of_another_size_is_computed_anew() -> None:
     sizes = [2, 2, 4, 1]
     batches = [prefetch.rows(20 + sum(sizes[:n]), size) for n, size in enumerate(sizes)]
     assert [batch.tokens[:, 0].tolist() for batch in batches] == [[20, 21], [22, 23], [24, 25, 26, 27], [28]]
+
+
+def test_the_thread_and_the_loader_go_with_the_object() -> None:
+    before, loader = set(threading.enumerate()), Counting()
+    prefetch = Prefetch(loader)
+    prefetch.rows(0, 3)
+    prefetch.rows(3, 3)
+    [thread] = set(threading.enumerate()) - before
+    left = weakref.ref(loader)
+    del prefetch, loader
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert left() is None
 
 
 def test_an_error_is_raised_by_the_request_it_belongs_to() -> None:

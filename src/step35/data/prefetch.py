@@ -12,6 +12,7 @@ class Prefetch:
     """A loader that returns what `loader` returns; after rows (first, count) it prepares (first + count, count).
 
     Any other request is computed when it comes. An error in the thread is raised by the request that it belongs to.
+    The thread and what it has prepared go with the object.
     """
 
     def __init__(self, loader: Loader) -> None:
