@@ -129,6 +129,19 @@ def test_a_full_disk_is_survived(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_1", "step_3"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_without_room_for_a_line_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("events.jsonl", "console.log"):
+        (tmp_path / name).symlink_to("/dev/full")
+    fill_disk(monkeypatch)
+    config, console = CheckpointConfig(on_full_disk="continue"), Console(tmp_path / "console.log")
+    with Saver(RunDir(tmp_path), config, console) as saver:
+        saver.save(1, state_of(1.0))
+    assert "Training goes on without this checkpoint" in capsys.readouterr().out
+
+
 def test_other_failures_always_stop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

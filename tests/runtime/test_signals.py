@@ -30,6 +30,24 @@ def test_the_first_signal_waits_for_the_step(tmp_path: Path, number: signal.Sign
     assert 0 <= event["seconds"] < 5
 
 
+def test_the_event_names_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.checkpoints / "step_4").mkdir(parents=True)
+    with pytest.raises(Terminated), interruptible() as interrupted:  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        interrupted.leave(run, 5)  # whose own checkpoint found no room
+    [event] = read_metrics(tmp_path / "events.jsonl")
+    assert (event["step"], event["checkpoint"]) == (5, "step_4")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_does_not_change_how_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with pytest.raises(Terminated), interruptible() as interrupted:  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        interrupted.leave(RunDir(tmp_path), 5)
+
+
 @pytest.mark.parametrize("number", WATCHED)
 def test_ctrl_c_after_any_signal_interrupts_at_once(number: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012

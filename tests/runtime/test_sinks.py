@@ -129,6 +129,14 @@ def test_a_failing_tracker_warns_once_and_catches_up_at_the_next_resume(tmp_path
     assert [step for _, step in appending.shown] == list(range(1, 16))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_tracker_that_fails_on_a_full_disk_does_not_stop_the_run(tmp_path, appending):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    [warning] = session(tmp_path, "json", 12, 14)  # fails at step 13
+    assert "json failed" in warning
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path, appending, monkeypatch):
     monkeypatch.setattr(appending, "__init__", lambda self, *args: 1 / 0)
     [warning] = session(tmp_path, "json", 0, 3)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -265,3 +266,27 @@ def test_a_disk_that_fills_up_need_not_stop_the_run(
     restored = checkpoint.latest_state(small_disk / "checkpoints")
     assert restored is not None
     assert restored.path.name == "step_2"
+
+
+def test_a_disk_without_a_byte_left_stops_at_the_log_and_loses_nothing_saved(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Path
+) -> None:
+    no_foresight(monkeypatch)
+    rows = RandomRows.rows
+
+    def filling(loader: RandomRows, first: int, count: int) -> Batch:
+        if first == 5:
+            with suppress(OSError), open(small_disk / "other", "wb", buffering=0) as other:
+                while True:
+                    other.write(b"x" * 4096)
+        return rows(loader, first, count)
+
+    monkeypatch.setattr(RandomRows, "rows", filling)
+    folder, settings = small_disk / "run", CheckpointConfig(on_full_disk="continue", background=False)
+    with pytest.raises(DiskFullError, match=r"write .*metrics\.jsonl"):
+        run_in(folder, monitor_every=1, checkpoints=settings)
+    assert checkpoint.latest(folder / "checkpoints") == folder / "checkpoints" / "step_2"
+    monkeypatch.undo()
+    shutil.copytree(folder, tmp_path / "larger")
+    run_in(tmp_path / "larger")
+    assert_ends_like(tmp_path / "larger", unbroken)

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import rich.console
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from step35.errors import DiskFullError
 from step35.runtime.disk import disk_errors
 
 LINE_SECONDS = 5.0
@@ -81,13 +82,13 @@ class Console:
         self.log(content)
 
     def log(self, content: Text | Table) -> None:
-        """Append `content` to `console.log` only. Raises `DiskFullError`."""
+        """Append `content` to `console.log` only. A full disk is no reason to stop: the screen has shown it."""
         if self.log_path is None:
             return
         plain = rich.console.Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
         with plain.capture() as capture:
             plain.print(content, soft_wrap=isinstance(content, Text))
-        with disk_errors(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
+        with suppress(DiskFullError), disk_errors(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
             file.write(capture.get())
 
 

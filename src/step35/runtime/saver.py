@@ -8,6 +8,7 @@ still being written waits for it.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -67,7 +68,8 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is None:
             return
-        self.run.events.event("checkpoint_failed", reason=str(failure))
+        with suppress(DiskFullError):  # what has no room for a checkpoint may have none for a line about it
+            self.run.events.event("checkpoint_failed", reason=str(failure))
         if self.config.on_full_disk == "stop" or not isinstance(failure, DiskFullError):
             raise failure
         self.console.warn(f"{failure} Training goes on without this checkpoint.")

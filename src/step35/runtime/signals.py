@@ -9,9 +9,10 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from step35.errors import DiskFullError
 from step35.runtime.rundir import RunDir
 
 
@@ -29,10 +30,18 @@ class Interruption:
         return self.signal is not None
 
     def leave(self, run: RunDir, step: int) -> None:
-        """Record that the run stops after `step`, which is saved, and raise `Terminated` or `KeyboardInterrupt`."""
+        """Record that the run stops after `step` and which checkpoint is its newest; then raise like `go`.
+
+        That checkpoint is an older one when the disk had no room for the last and the run was to go on without it.
+        """
+        from step35.runtime.checkpoint import latest  # torch, which the command line does without
+
+        newest = latest(run.checkpoints)
+        saved = newest.name if newest else None
         seconds = round(time.monotonic() - self.came, 2)
         name = self.signal.name if self.signal else None
-        run.events.event("interrupted", step=step, signal=name, seconds=seconds)
+        with suppress(DiskFullError):  # no reason to end as anything but interrupted
+            run.events.event("interrupted", step=step, checkpoint=saved, signal=name, seconds=seconds)
         self.go()
 
     def go(self) -> None:

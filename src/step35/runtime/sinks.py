@@ -17,11 +17,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from step35.errors import Step35Error
+from step35.errors import DiskFullError, Step35Error
 from step35.runtime.metrics import read_metrics, scalars
 from step35.runtime.rundir import RunDir
 
@@ -182,7 +182,8 @@ class Tracker:
             self.failed = True
             reason = f"{type(error).__name__}: {error}"
             self.warn(f"{self.kind} failed and gets no more metrics until the run is resumed ({reason}).")
-            self.run.events.event("tracker_failed", tracker=self.kind, reason=reason)
+            with suppress(DiskFullError):  # which may be why it failed
+                self.run.events.event("tracker_failed", tracker=self.kind, reason=reason)
 
 
 @contextmanager
