@@ -132,3 +132,20 @@ def test_the_state_resumes() -> None:
         parameter.grad = gradient.clone()
         resumed.step()
     assert torch.equal(parameter, unbroken)
+
+
+def test_the_largest_rms_of_singular_values_names_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = nn.Parameter(random(3, 8, 16)), nn.Parameter(random(16, 8, seed=1))
+    optimiser = Muon([Matrices(first, 1, (8,)), Matrices(second, 0, (16,))], **SETTINGS)
+    assert optimiser.largest_rms() is None
+    first.grad, second.grad = random(3, 8, 16, seed=2), random(16, 8, seed=3)
+    optimiser.step()
+    found = optimiser.largest_rms()
+    assert found is not None
+    assert found[0] == pytest.approx(1.0, abs=0.05)
+    first.grad, second.grad = random(3, 8, 16, seed=4), torch.ones(16, 8)  # rank 1
+    monkeypatch.setattr(muon, "polar_express", lambda g, **unused: g * (1 if g.shape[-2] == 16 else 0))
+    optimiser.step()
+    rms, owner = optimiser.largest_rms() or (0.0, None)
+    assert owner is second
+    assert rms == pytest.approx(float(second.grad.norm()) / 8**0.5, rel=1e-5)  # the gradient holds the look-ahead

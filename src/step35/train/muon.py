@@ -51,6 +51,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         self.matrices = list(matrices)
         self.polar = polar
+        self._singular_rms: list[tuple[list[Tensor], Tensor]] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([entry.parameter for entry in self.matrices], defaults)
 
@@ -60,13 +61,29 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         active = [entry for entry in self.matrices if entry.parameter.grad is not None]
         directions = [matrix for entry in active for matrix in entry.split(self._momentum(entry.parameter, group))]
-        targets = [matrix for entry in active for matrix in entry.split(entry.parameter)]
+        owned = [(entry.parameter, matrix) for entry in active for matrix in entry.split(entry.parameter)]
+        owners, targets = [owner for owner, _ in owned], [matrix for _, matrix in owned]
+        self._singular_rms.clear()
         for entry in active:
             entry.parameter.mul_(1 - group["lr"] * group["weight_decay"])
         for numbers in batches([matrix.shape for matrix in targets], targets[0].device.type if targets else "cpu"):
             updates = polar_express(torch.stack([directions[i] for i in numbers]), **self.polar)
+            rms = torch.linalg.vector_norm(updates, dim=(-2, -1)) / min(updates.shape[-2:]) ** 0.5
+            self._singular_rms.append(([owners[i] for i in numbers], rms))
             rate = group["lr"] * 0.2 * max(updates.shape[-2:]) ** 0.5
             torch._foreach_add_([targets[i] for i in numbers], list(updates.unbind()), alpha=-rate)
+
+    def largest_rms(self) -> tuple[float, Tensor] | None:
+        """Return the largest RMS of a matrix's singular values in the last step's update, and its parameter.
+
+        It is 1 when the iteration worked and the gradient had full rank, less for a lower rank. None without a step.
+        """
+        if not self._singular_rms:
+            return None
+        owners = [owner for some, _ in self._singular_rms for owner in some]
+        rms = torch.cat([values for _, values in self._singular_rms])
+        worst = int(rms.argmax())
+        return float(rms[worst]), owners[worst]
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Take the gradient into the momentum; return the look-ahead, in the gradient's memory."""

@@ -11,26 +11,23 @@ from step35.config.stability import AlarmConfig, StabilityConfig
 
 CLEAR = 0.8
 """An alarm is over when the value is back inside this share of its limit: a value on the limit must not flicker."""
-MOVING = 1.1
-"""A value grows (falls) when it is this far above (below) its running mean."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When an alarm holds: `metric` beyond the limit and, if `trend`, still moving away."""
+    """When an alarm holds: `metric` beyond the limit."""
 
     name: str
     metric: str
     side: Literal["above", "below"]
-    trend: bool
     after_update: bool
     cause: str
     remedy: str
 
 
 def _rule(name: str, metric: str, cause: str, remedy: str, side: Literal["above", "below"] = "above",
-          trend: bool = False, after_update: bool = False) -> Rule:  # fmt: skip
-    return Rule(name, metric, side, trend, after_update, cause, remedy)
+          after_update: bool = False) -> Rule:  # fmt: skip
+    return Rule(name, metric, side, after_update, cause, remedy)
 
 
 RULES = (
@@ -60,14 +57,13 @@ RULES = (
         "One expert's output grows away from the others: a frequent bi-gram has an expert of its own, whose gate and "
         "up projection align. The loss does not show it.",
         "Clip activations in that layer (swiglu_limits); clipping weights (step35 clip) only delays it.",
-        trend=True,
     ),
     _rule(
         "expert_collapse", "expert_rms_min_ratio",
         "An expert's activations die away while it is still routed to: no explicit scale between shared and routed "
         "experts, or a balance loss that is too tight on micro-batches.",
         "Set moe_router_scaling_factor above 1, lower ep_weight, balance by the loss-free bias.",
-        side="below", trend=True,
+        side="below",
     ),
     _rule(
         "dead_experts", "dead_share",
@@ -75,7 +71,7 @@ RULES = (
         "Raise balance_rate; check that the router is not frozen at a bad start; use larger batches.",
     ),
     _rule(
-        "load_imbalance", "load_cv_max",
+        "load_imbalance", "load_imbalance",
         "A layer sends most tokens to few experts.",
         "Raise balance_rate or ep_weight; look for repetitive data.",
     ),
@@ -90,9 +86,15 @@ RULES = (
         "Lower balance_rate (or let it fall: final_balance_rate); the router itself must learn to balance: ep_weight.",
     ),
     _rule(
-        "update_rms", "update_rms",
-        "An update is larger than its optimiser can make it: an outlier of Muon's orthogonalisation.",
+        "muon_outlier", "muon_rms",
+        "A matrix has larger singular values than orthogonalisation leaves: an outlier of Polar Express.",
         "Use optim.iteration_dtype = float16 (bfloat16 produces such outliers); action = rollback undoes it.",
+        after_update=True,
+    ),
+    _rule(
+        "update_rms", "update_rms",
+        "An update is larger than its optimiser can make it.",
+        "Look for a parameter that was changed from outside; action = rollback undoes it.",
         after_update=True,
     ),
 )  # fmt: skip
@@ -129,13 +131,12 @@ class Alarm:
 
 
 class Alarms:
-    """The rules' memory: which alarms stand, for how long a value has been beyond its limit, and its running mean."""
+    """The rules' memory: which alarms stand, and for how long a value has been beyond its limit."""
 
     def __init__(self, config: StabilityConfig) -> None:
         self.config = config
         self.raised: dict[str, bool] = {}
         self.beyond: dict[str, int] = {}
-        self.means: dict[str, float] = {}
 
     def judge(
         self, figures: Mapping[str, float], places: Mapping[str, str], step: int, *, after_update: bool
@@ -161,29 +162,16 @@ class Alarms:
     def _holds(self, rule: Rule, config: AlarmConfig, value: float) -> bool:
         beyond = value > config.limit if rule.side == "above" else value < config.limit
         beyond = beyond and math.isfinite(value)  # what is not finite is non_finite's to tell
-        beyond = beyond and (not rule.trend or self._moving(rule, value))
         self.beyond[rule.metric] = self.beyond.get(rule.metric, 0) + 1 if beyond else 0
         return self.beyond[rule.metric] >= config.patience
 
-    def _moving(self, rule: Rule, value: float) -> bool:
-        mean = self.means.get(rule.metric)
-        return mean is None or (value > MOVING * mean if rule.side == "above" else value < mean / MOVING)
-
-    def learn(self, figures: Mapping[str, float]) -> None:
-        """Move the running means of the rules with a trend."""
-        for rule in RULES:
-            value = figures.get(rule.metric, math.nan)
-            if rule.trend and math.isfinite(value):
-                mean = self.means.get(rule.metric, value)
-                self.means[rule.metric] = mean + (value - mean) / self.config.window
-
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain values."""
-        return {"raised": dict(self.raised), "beyond": dict(self.beyond), "means": dict(self.means)}
+        return {"raised": dict(self.raised), "beyond": dict(self.beyond)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved memory."""
-        self.raised, self.beyond, self.means = dict(state["raised"]), dict(state["beyond"]), dict(state["means"])
+        self.raised, self.beyond = dict(state["raised"]), dict(state["beyond"])
 
 
 def severest(alarms: Sequence[Alarm]) -> Alarm | None:

@@ -39,8 +39,7 @@ def alarms_page() -> str:
     for rule in RULES:
         config = getattr(defaults, rule.name)
         sign = ">" if rule.side == "above" else "<"
-        trend = " and " + ("growing" if rule.side == "above" else "falling") if rule.trend else ""
-        holds = f"`{rule.metric}` {sign} {config.limit:g}{trend}, {config.patience} steps in a row"
+        holds = f"`{rule.metric}` {sign} {config.limit:g}, {config.patience} steps in a row"
         lines.append(f"| `{rule.name}` | {holds} | {config.action} | {rule.cause} | {rule.remedy} |")
     action = defaults.bad_data.action
     lines.append(f"| `bad_data` | reading rows raises `DataError` | {action} | {BAD_DATA.cause} | {BAD_DATA.remedy} |")

@@ -27,6 +27,12 @@ MEASURES = (
         "raise `balance_rate` or `ep_weight`; look for repetitive data",
     ),
     Measure("load_cv_max", "the same, of the worst layer", "below 1.5", "as above"),
+    Measure(
+        "load_imbalance",
+        "load_cv_max / sqrt(experts / top-k - 1), which is what a layer has that sends all tokens to the same experts",
+        "below 0.5; 1 is total",
+        "as above",
+    ),
     Measure("expert_load", "panel: n_e / sum n_e", "near 1 / experts", "as above"),
     Measure(
         "dead_experts",
@@ -81,6 +87,9 @@ MEASURES = (
     ),
     Measure("expert_output_min_ratio", "min / lower median of expert_output, worst layer", "0.2 to 1", "see collapse"),
 )
+
+HUGE = torch.finfo(torch.float32).max
+"""Stands for a ratio to a median of 0, or of an output that is infinite: an alarm is to see it."""
 
 COUNT, SQUARE, OUTPUT, CLIPPED, LOOKED = range(5)
 """Columns of a layer's sums (E, 5) over its rows: 1, mean square of the activation, squared output; and over the rows
@@ -160,7 +169,7 @@ def _ratios(value_LE: Tensor) -> dict[str, tuple[float, int, int]]:
     ratio_LE = value_LE / value_LE.nanmedian(1, keepdim=True).values
     found = {}
     for side, fill in (("max", -math.inf), ("min", math.inf)):
-        known_LE = ratio_LE.nan_to_num(nan=fill, posinf=math.inf)
+        known_LE = ratio_LE.nan_to_num(nan=fill, posinf=HUGE)
         place = int(known_LE.argmax() if side == "max" else known_LE.argmin())
         layer, expert = divmod(place, value_LE.shape[1])
         ratio = float(known_LE[layer, expert])

@@ -27,6 +27,13 @@ MEASURES = (
     Measure("param_norm", "norm of all parameters", "grows slowly, then levels off", "raise `weight_decay`"),
     Measure("param_norm.CLASS", "the same, of one matrix class", "grows slowly, then levels off", "as above"),
     Measure(
+        "muon_rms",
+        "\\|O\\|_F / sqrt(min(rows, columns)), O the orthogonalised momentum: the RMS of its singular values; the "
+        "largest of all matrices",
+        "0.8 to 1.05; less where gradients have a low rank",
+        "see muon_outlier: one singular value of s gives about s / sqrt(min(rows, columns))",
+    ),
+    Measure(
         "update_rms",
         "max over classes of update_rms.CLASS",
         "0.1 to 1",
@@ -36,8 +43,7 @@ MEASURES = (
         "update_rms.CLASS",
         "RMS of (new - old weight) / learning rate, over at most 8,192 elements a parameter, in evenly spaced runs",
         "near 0.2 for Muon's matrices of full rank, below 1 for AdamW's",
-        "above 1 for a Muon class is an outlier of the orthogonalisation: `optim.iteration_dtype = float16` (not "
-        "bfloat16)",
+        "more says that something else than the optimiser changed the weights; single matrices: see muon_rms",
     ),
     Measure(
         "expert_gate_norm", "panel: Frobenius norm of each expert's gate projection", "same order within a layer",

@@ -23,6 +23,7 @@ from step35.train.monitors.matrices import UpdateSample, by_class, expert_norms,
 from step35.train.monitors.measure import Measure
 from step35.train.monitors.observation import Observation
 from step35.train.monitors.running import Running
+from step35.train.muon import Muon
 
 MEASURES = (
     Measure(
@@ -62,12 +63,17 @@ MEASURES = (
 class Monitor:
     """Figures of the step at hand, and what is remembered from step to step."""
 
-    def __init__(self, model: Step35, config: TrainConfig, trained: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Step35, config: TrainConfig, trained: Mapping[str, Tensor], muon: Muon | None = None
+    ) -> None:
         """`trained` are the weights that the optimisers update."""
-        self.model, self.config = model, config.stability
+        self.model, self.config, self.muon = model, config.stability, muon
         self.trained = {name: tensor.detach() for name, tensor in trained.items()}
         experts = model.config.moe_num_experts
         self.groups = config.ep_groups if experts and experts % config.ep_groups == 0 else 1
+        top_k = model.config.moe_top_k
+        self.worst_cv = math.sqrt(experts / top_k - 1) if experts > top_k else 1.0
+        """load_cv of a layer that sends every token to the same experts."""
         self.alarms = Alarms(config.stability)
         self.loss, self.grad_norm = Running(config.stability.window), Running(config.stability.window)
         self.start()
@@ -113,6 +119,9 @@ class Monitor:
             found, where = self.step_sums.metrics(self.groups)
             figures |= found | self._bias_spread()
             self.places |= where
+            if "load_cv_max" in found:
+                figures["load_imbalance"] = found["load_cv_max"] / self.worst_cv
+                self.places["load_imbalance"] = where["load_cv_max"]
             if self.config.per_micro_batch:
                 figures |= self._per_micro_batch()
         self.loss.add(loss)
@@ -137,13 +146,17 @@ class Monitor:
             worst = max(self.update_rms, key=self.update_rms.__getitem__)
             figures["update_rms"] = self.update_rms[worst]
             self.places["update_rms"] = worst.removeprefix("update_rms.")
+        largest = self.muon.largest_rms() if self.muon and self.config.monitors else None
+        if largest:
+            figures["muon_rms"], owner = largest
+            self.places["muon_rms"] = next(
+                (name for name, p in self.trained.items() if p.data_ptr() == owner.data_ptr()), ""
+            )
         return figures
 
     def judge(self, figures: Mapping[str, Any], step: int, *, after_update: bool) -> tuple[list[Alarm], list[Alarm]]:
         """Return the alarms that hold, and those of them that are new; see `Alarms.judge`."""
-        verdict = self.alarms.judge(figures, self.places, step, after_update=after_update)
-        self.alarms.learn(figures)
-        return verdict
+        return self.alarms.judge(figures, self.places, step, after_update=after_update)
 
     def details(self) -> dict[str, Any]:
         """Return what is logged now and then: figures by matrix class, layer x expert panels, the logit bound."""
