@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from step35.config.stability import AlarmConfig, DataAlarmConfig, LateAlarmConfig, StabilityConfig
+from step35.config.stability import (
+    AlarmConfig,
+    DataAlarmConfig,
+    LateAlarmConfig,
+    NonFiniteAlarmConfig,
+    StabilityConfig,
+)
 from step35.config.train import TrainConfig
 from step35.data.loader import PretrainLoader
 from step35.data.packing import Batch
@@ -22,7 +30,11 @@ from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.metrics import read_metrics
 from step35.runtime.rundir import RunDir
+from step35.runtime.signals import Terminated
+from step35.train import muon
 from step35.train.monitors.monitor import Monitor
+from step35.train.polar import polar_express
+from step35.train.step import Learner
 from step35.train.trainer import train
 
 CONFIG = TrainConfig(
@@ -33,7 +45,7 @@ Fault = Callable[[Step35], None]
 
 
 class FaultyLoader:
-    """Random rows; `at` maps a row number to a fault in the model, or to an error, when these rows are first read."""
+    """Random rows; `at` maps a row number to a fault in the model when it is first read, or to an error, always."""
 
     def __init__(self, model: Step35, make_batch: Callable[..., Batch], at: dict[int, Fault | DataError]) -> None:
         self.model, self.make_batch, self.at = model, make_batch, dict(at)
@@ -41,10 +53,13 @@ class FaultyLoader:
 
     def rows(self, first: int, count: int) -> Batch:
         self.read.append(first)
+        for row in range(first, first + count):
+            error = self.at.get(row)
+            if isinstance(error, DataError):
+                raise error
         fault = self.at.pop(first, None)
-        if isinstance(fault, DataError):
-            raise fault
         if fault is not None:
+            assert not isinstance(fault, DataError)
             with torch.no_grad():
                 fault(self.model)
         return self.make_batch(rows=count, tokens=16, vocabulary=96, seed=first)
@@ -124,7 +139,7 @@ def test_a_nan_batch_is_skipped_and_changes_nothing(start: Callable[..., Any], t
             assert torch.equal(tensor, before[name]), name  # router bias included
         before["compared"] = torch.ones(1)
 
-    model, loader = start({8: look, 10: compare}, non_finite=AlarmConfig(limit=0, action="skip"))
+    model, loader = start({8: look, 10: compare}, non_finite=NonFiniteAlarmConfig(action="skip"))
     assert "compared" in before
     assert loader.read == [0, 2, 4, 6, 8, 10, 12, 14, 16]  # one batch more than steps
     assert steps(tmp_path / "run") == list(range(1, 9))
@@ -145,7 +160,7 @@ def test_a_skipped_batch_leaves_no_trace_in_the_weights(
         def rows(self, first: int, count: int) -> Batch:
             return super().rows(first if first < 8 else first + 2, count)
 
-    skipping, _ = start({8: NaNBatch()}, non_finite=AlarmConfig(limit=0, action="skip"))
+    skipping, _ = start({8: NaNBatch()}, non_finite=NonFiniteAlarmConfig(action="skip"))
     model = make_model()
     train(model, Without(model, make_batch, {}), CONFIG, RunDir(tmp_path / "without"), Console(), name="train")
     for name, tensor in model.state_dict().items():
@@ -154,7 +169,7 @@ def test_a_skipped_batch_leaves_no_trace_in_the_weights(
 
 def test_weights_that_are_broken_stop_after_so_many_skips(start: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"3 batches in a row .*newest checkpoint is .*step_3") as stopped:
-        start({8: break_head}, non_finite=AlarmConfig(limit=0, action="skip"), max_skips=2)
+        start({8: break_head}, non_finite=NonFiniteAlarmConfig(action="skip"), max_skips=2)
     assert stopped.value.exit_code == 3
     assert [e["kind"] for e in events(tmp_path / "run")] == ["alarm"] + ["batch_skipped"] * 3 + ["stopped"]
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_3"
@@ -226,6 +241,80 @@ def test_trouble_again_goes_back_further_and_then_stops(start: Callable[..., Any
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_3"
 
 
+def damage(checkpoints: Path, step: int) -> None:
+    """Flip a byte of a checkpoint, once it is written."""
+    path = checkpoints / f"step_{step}" / "__0_0.distcp"
+    while not path.exists():
+        time.sleep(0.01)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_rollback_over_a_damaged_checkpoint_says_so(start: Callable[..., Any], tmp_path: Path) -> None:
+    def spoil(model: Step35) -> None:
+        damage(tmp_path / "run" / "checkpoints", 6)
+        scale_expert(model)
+
+    start({14: spoil}, expert_blow_up=AlarmConfig(limit=20, action="rollback"))
+    found = [(e["kind"], e.get("step")) for e in events(tmp_path / "run")]
+    assert found == [("alarm", 7), ("checkpoint_skipped", None), ("rolled_back", 3)]
+
+
+def test_a_damaged_older_checkpoint_does_not_end_the_run(start: Callable[..., Any], tmp_path: Path) -> None:
+    def spoil(model: Step35) -> None:
+        damage(tmp_path / "run" / "checkpoints", 3)
+        scale_expert(model)
+
+    start({14: spoil, 16: scale_expert}, expert_blow_up=AlarmConfig(limit=20, action="rollback"))
+    found = [(e["kind"], e.get("step")) for e in events(tmp_path / "run") if e["kind"] != "alarm"]
+    assert found == [("rolled_back", 6), ("rolled_back", 6)]
+
+
+def test_sigterm_is_heard_while_batches_are_skipped(start: Callable[..., Any], tmp_path: Path) -> None:
+    def ask_to_stop(model: Step35) -> None:
+        NaNBatch()(model)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        start({8: ask_to_stop}, non_finite=NonFiniteAlarmConfig(action="skip"))
+    assert [e["kind"] for e in events(tmp_path / "run")] == ["alarm", "batch_skipped", "interrupted"]
+    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")
+    assert (state["step"], state["row"]) == (4, 10)
+    _, loader = start({})
+    assert loader.read[0] == 10
+
+
+def test_an_outlier_of_the_orthogonalisation_is_undone(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: Step35) -> None:
+        shape = model.layers[2].moe.experts.down_proj.shape[1:]
+
+        def outlier(gradients: torch.Tensor, **settings: Any) -> torch.Tensor:
+            update = polar_express(gradients, **settings)
+            if update.shape[-2:] == shape:
+                monkeypatch.setattr(muon, "polar_express", polar_express)
+                update[5, 0, 0] += 20  # matrix 1 of layer 2: layers 1 to 4 have four each
+            return update
+
+        monkeypatch.setattr(muon, "polar_express", outlier)
+
+    start({10: spoil}, muon_outlier=LateAlarmConfig(limit=1.2, action="rollback"))
+    found = [(e["kind"], e.get("step"), e.get("where")) for e in events(tmp_path / "run")]
+    assert found == [("alarm", 5, "layers.2.moe.experts.down_proj"), ("rolled_back", 3, None)]
+
+
+def test_load_imbalance_is_1_when_all_tokens_go_to_the_same_experts(
+    make_model: Callable[..., Step35], make_batch: Callable[..., Batch]
+) -> None:
+    model = make_model(moe_num_experts=8)
+    for layer in model.config.moe_layers_enum:
+        model.router(layer).bias[:2] += 10
+    figures = Learner(model, CONFIG).accumulate(make_batch(rows=2, tokens=16, vocabulary=96), 0)
+    assert figures["load_imbalance"] == pytest.approx(1.0)
+
+
 def test_an_update_that_is_too_large_is_undone(start: Callable[..., Any], tmp_path: Path) -> None:
     start(
         {10: after_the_update(lambda model: model.lm_head.weight.add_(3.0))},
@@ -237,7 +326,7 @@ def test_an_update_that_is_too_large_is_undone(start: Callable[..., Any], tmp_pa
 
 def test_parameters_that_are_not_finite_are_never_saved(start: Callable[..., Any], tmp_path: Path) -> None:
     spoil = after_the_update(lambda model: model.layers[0].mlp.down_proj.weight.fill_(math.inf))
-    start({10: spoil}, non_finite=AlarmConfig(limit=0, action="skip"))  # too late to skip: rolled back
+    start({10: spoil}, non_finite=NonFiniteAlarmConfig(action="skip"))  # too late to skip: rolled back
     found = [(e["kind"], e.get("where")) for e in events(tmp_path / "run")]
     assert found[:2] == [("alarm", "layers.0.mlp.down_proj.weight"), ("rolled_back", None)]
     for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
@@ -252,10 +341,21 @@ def test_unreadable_rows_stop_with_the_file_or_are_left_out(start: Callable[...,
     assert (alarm["alarm"], alarm["where"], alarm["action"]) == ("bad_data", "rows 8 to 9", "stop")
     assert "shard_00007" in alarm["cause"]
     assert stopped["kind"] == "stopped"
-    _, loader = start({8: error}, "skipped", bad_data=DataAlarmConfig(action="skip"))
-    assert [e["kind"] for e in events(tmp_path / "skipped")] == ["alarm", "batch_skipped"]
-    assert loader.read == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    _, loader = start({9: error}, "skipped", bad_data=DataAlarmConfig(action="skip"))
+    alarm, left_out = events(tmp_path / "skipped")
+    assert (alarm["alarm"], alarm["value"], alarm["where"]) == ("bad_data", 1, "rows 9")
+    assert (left_out["kind"], left_out["step"], left_out["rows"]) == ("rows_left_out", 4, [9])
+    assert loader.read == [0, 2, 4, 6, 8, 8, 9, 10, 11, 13, 15]  # row 10 in place of row 9
     assert steps(tmp_path / "skipped") == list(range(1, 9))
+    assert checkpoint.load(tmp_path / "skipped" / "checkpoints" / "step_8")["row"] == 17
+
+
+def test_too_many_unreadable_rows_stop(start: Callable[..., Any], tmp_path: Path) -> None:
+    faults: dict[int, Fault | DataError] = dict.fromkeys(range(8, 40), DataError("shard_00007.bin is gone"))
+    with pytest.raises(DataError, match="shard_00007"):
+        start(faults, bad_data=DataAlarmConfig(action="skip"), max_skips=3)
+    alarm, stopped = events(tmp_path / "run")
+    assert (alarm["value"], stopped["kind"]) == (7, "stopped")  # more than three batches of two rows
 
 
 def test_a_shard_damaged_on_disk_is_named(make_model: Callable[..., Step35], tmp_path: Path) -> None:
@@ -270,6 +370,12 @@ def test_a_shard_damaged_on_disk_is_named(make_model: Callable[..., Step35], tmp
     config = CONFIG.model_copy(update={"steps": 20})
     with pytest.raises(DataError, match=r"shard_00002\.bin does not match its checksum"):
         train(make_model(), loader, config, RunDir(tmp_path / "run"), Console(), name="train")
+    stability = StabilityConfig(bad_data=DataAlarmConfig(action="skip"))
+    config = config.model_copy(update={"stability": stability, "batch_rows": 4})
+    end = train(make_model(), loader, config, RunDir(tmp_path / "skipping"), Console(), name="train")
+    left_out = [row for e in events(tmp_path / "skipping") if e["kind"] == "rows_left_out" for row in e["rows"]]
+    assert (end.step, end.row) == (20, 80 + len(left_out))
+    assert 0 < len(left_out) < end.row / 2  # one shard of six
 
 
 def test_tokens_outside_the_vocabulary_are_bad_data(

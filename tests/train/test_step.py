@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step35.config.train import MuonConfig, TrainConfig
 from step35.data.packing import Batch
-from step35.errors import DivergedError
+from step35.errors import ConfigError, DivergedError
 from step35.model.step35 import Step35
 from step35.train.balance import update_bias
 from step35.train.step import Learner, validation_loss
@@ -254,3 +254,8 @@ def test_bf16_compute_keeps_fp32_parameters(make_model: MakeModel, make_batch: M
         losses[dtype] = Learner(model, settings(dtype=dtype)).update(make_batch(), 0)["loss"]
         assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
     assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 0.05
+
+
+def test_joint_mtp_without_modules_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ConfigError, match="mtp_joint_from=0, but the model has no MTP modules"):
+        Learner(make_model(mtp=0), settings(mtp_joint_from=0))

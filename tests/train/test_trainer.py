@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from step35.config.train import TrainConfig
+from step35.config.train import MuonConfig, TrainConfig
 from step35.data.packing import Batch
 from step35.errors import CheckpointError
 from step35.model.step35 import Step35
@@ -59,7 +59,8 @@ def start(make_model: Callable[..., Step35], make_batch: Callable[..., Batch]) -
         model = make_model()
         loader = FakeLoader(make_batch, at, stop)
         config = CONFIG.model_copy(update=changes)
-        return train(model, loader, config, RunDir(folder), Console(), name="train", validate=lambda: 1.5, start=former)
+        train(model, loader, config, RunDir(folder), Console(), name="train", validate=lambda: 1.5, start=former)
+        return model
 
     return start
 
@@ -210,3 +211,17 @@ def test_a_stage_takes_up_the_weights_and_moments_of_another_also_with_a_frozen_
     later = [s["momentum"] for s in second["optimisers"][0]["state"].values()]
     # One step keeps 95% of the momentum; from nothing it would be 5% of a gradient.
     assert all(float((new * old).sum() / (old * old).sum()) > 0.8 for new, old in zip(later, momenta, strict=True))
+
+
+def test_a_stage_trains_with_settings_of_its_own(start: Start, tmp_path: Path) -> None:
+    start(tmp_path / "first")
+    former = checkpoint.load(tmp_path / "first" / "checkpoints" / "step_7")
+    changes = {"weight_decay": 0.0, "optim": MuonConfig(momentum=0.0, adamw_betas=(0.1, 0.2)), "steps": 1}
+    start(tmp_path / "second", former=former, **changes)
+    state = checkpoint.load(tmp_path / "second" / "checkpoints" / "step_1")
+    muon, adamw = (optimiser["param_groups"] for optimiser in state["optimisers"])
+    assert (muon[0]["momentum"], muon[0]["weight_decay"]) == (0.0, 0.0)
+    assert [tuple(group["betas"]) for group in adamw] == [(0.1, 0.2)] * 2
+    assert state["dtype"] == "float32"
+    rounded = start(tmp_path / "third", former=former, dtype="bfloat16", steps=1)
+    assert rounded.compute_dtype == torch.bfloat16

@@ -81,7 +81,8 @@ def fine_tune(
 ) -> Step35:
     """Train `model` in place on `conversations`."""
     loader = PackedLoader(packed_rows(conversations, tokenizer, config.context, console), config.seed)
-    return train(model, loader, config, run, console, name=name)
+    train(model, loader, config, run, console, name=name)
+    return model
 
 
 def packed_rows(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
+import numpy as np
+
 from step35.config.train import TrainConfig
 from step35.data.loader import Loader
 from step35.data.packing import Batch
-from step35.errors import DataError, DivergedError
+from step35.errors import CheckpointError, DataError, DivergedError
 from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
@@ -62,12 +64,7 @@ class Guard:
         Raises `DivergedError` or `DataError` when the run has to stop.
         """
         at, learner = self.at, self.learner
-        try:
-            batch = self._read(loader)
-        except DataError as error:
-            self._bad_data(error)
-            return None
-        at.row += len(batch.tokens)
+        batch = self._next_rows(loader)
         metrics = learner.accumulate(batch, at.step)
         if self._alarmed(metrics, after_update=False):
             return None
@@ -77,11 +74,46 @@ class Guard:
         at.step, at.skips = at.step + 1, 0
         return metrics
 
-    def _read(self, loader: Loader) -> Batch:
-        batch = loader.rows(self.at.row, self.config.rows_at(self.at.step))
+    def _next_rows(self, loader: Loader) -> Batch:
+        """Take the rows of this step, leaving out those that cannot be read when the run is to go on without them."""
+        at, count = self.at, self.config.rows_at(self.at.step)
+        try:
+            batch = self._read(loader, at.row, count)
+        except DataError as error:
+            return self._readable_rows(loader, count, error)
+        at.row += count
+        return batch
+
+    def _readable_rows(self, loader: Loader, count: int, first_error: DataError) -> Batch:
+        """Take the next `count` rows that can be read, one by one; tell which were left out."""
+        at, stability = self.at, self.config.stability
+        found: list[Batch] = []
+        left_out: list[int] = []
+        row, stopping = at.row, stability.bad_data.action == "stop"
+        while len(found) < count and not stopping:
+            try:
+                found.append(self._read(loader, row, 1))
+            except DataError:
+                left_out.append(row)
+                stopping = len(left_out) > stability.max_skips * count
+            row += 1
+        where = f"rows {', '.join(map(str, left_out))}" if left_out else f"rows {at.row} to {at.row + count - 1}"
+        alarm = Alarm(
+            BAD_DATA.name, at.step, len(left_out) or count, 0, where, str(first_error), BAD_DATA.remedy,
+            stability.bad_data.action,
+        )  # fmt: skip
+        self._tell(alarm)
+        if stopping:
+            self.run.events.event("stopped", step=at.step, alarm=alarm.alarm, reason=str(first_error))
+            raise first_error
+        self.run.events.event("rows_left_out", step=at.step, rows=left_out)
+        at.row = row
+        return Batch(*(np.concatenate(columns) for columns in zip(*map(_columns, found), strict=True)))
+
+    def _read(self, loader: Loader, first: int, count: int) -> Batch:
+        batch = loader.rows(first, count)
         low, high, size = batch.tokens.min(), batch.tokens.max(), self.learner.model.config.vocab_size
         if low < 0 or high >= size:
-            first = self.at.row
             raise DataError(
                 f"rows {first} to {first + len(batch.tokens) - 1} hold token ids {low} to {high}, but the model's "
                 f"vocabulary is 0 to {size - 1}: the data is damaged, or was made with another tokenizer."
@@ -124,6 +156,7 @@ class Guard:
         restored = self._last_good()
         if restored is None:
             self._stop(alarm, "There is no checkpoint to go back to.")
+        discard_damaged(restored, self.run, self.console)
         undone, state = at.step, restored.state
         self.learner.load_state_dict(state)
         at.step = at.rolled_back_to = state["step"]
@@ -139,7 +172,10 @@ class Guard:
         newest = checkpoint.latest_state(self.run.checkpoints)
         if newest is None or newest.state["step"] != self.at.rolled_back_to:
             return newest
-        older = checkpoint.latest_state(self.run.checkpoints, before=newest.state["step"])
+        try:
+            older = checkpoint.latest_state(self.run.checkpoints, before=newest.state["step"])
+        except CheckpointError:  # there are some, and none is whole
+            older = None
         if older is None:
             return newest
         checkpoint.discard(newest.path)  # it led into trouble twice
@@ -155,15 +191,14 @@ class Guard:
             f"checkpoint is {newest or 'none'}."
         )
 
-    def _bad_data(self, error: DataError) -> None:
-        """Leave out the rows of this step, or stop with the error itself, which names the file."""
-        at, config = self.at, self.config
-        rows = config.rows_at(at.step)
-        where, action = f"rows {at.row} to {at.row + rows - 1}", config.stability.bad_data.action
-        alarm = Alarm(BAD_DATA.name, at.step, rows, 0, where, str(error), BAD_DATA.remedy, action)
-        self._tell(alarm)
-        if action == "stop":
-            self.run.events.event("stopped", step=at.step, alarm=alarm.alarm, reason=str(error))
-            raise error
-        at.row += rows
-        self._skip(alarm)
+
+def discard_damaged(restored: checkpoint.Restored, run: RunDir, console: Console) -> None:
+    """Say which newer checkpoints were passed over, and take them away: nothing else is to think them the newest."""
+    for path, reason in restored.skipped.items():
+        console.warn(f"{reason} Going back to {restored.path.name}.")
+        run.events.event("checkpoint_skipped", reason=reason)
+        checkpoint.discard(path)
+
+
+def _columns(batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
+    return batch.tokens, batch.segments, batch.targets

@@ -17,7 +17,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         "linear": 1.0 - min(1.0, progress),
         "constant": 1.0,
     }[config.decay]
-    return config.final_lr + (config.lr - config.final_lr) * left
+    return config.last_lr + (config.lr - config.last_lr) * left
 
 
 def balance_rate(config: TrainConfig, step: int) -> float:

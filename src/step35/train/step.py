@@ -24,6 +24,7 @@ from step35.train.groups import build_optimisers, diverged, drop_gradients, step
 from step35.train.master import Masters
 from step35.train.monitors.matrices import norms
 from step35.train.monitors.monitor import Monitor
+from step35.train.muon import Muon
 from step35.train.schedule import balance_rate, learning_rate
 
 
@@ -44,7 +45,7 @@ class Learner:
 
     def __init__(self, model: Step35, config: TrainConfig) -> None:
         self.model, self.config = model, config
-        check_groups(model.config, config)
+        check_fit(model.config, config)
         device = model.embed_tokens.weight.device
         model.compute_dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         for name, parameter in model.named_parameters():
@@ -54,7 +55,8 @@ class Learner:
         names = {id(parameter): name for name, parameter in self.masters.named.items()}
         self.trained = {names[id(p)]: p for o in self.optimisers for group in o.param_groups for p in group["params"]}
         """The weights that the optimisers update, in their order."""
-        self.monitor = Monitor(model, config, self.trained)
+        muon = next((o for o in self.optimisers if isinstance(o, Muon)), None)
+        self.monitor = Monitor(model, config, self.trained, muon)
         self.tally = Tally()
 
     def update(self, batch: Batch, step: int) -> dict[str, Any]:
@@ -157,15 +159,27 @@ class Learner:
         """Take up a saved state; one without monitors starts them anew."""
         self.model.load_state_dict(state["model"])
         self.masters.load_state_dict(state["model"])
-        self.model.compute_dtype = getattr(torch, state["dtype"])  # "auto" might choose otherwise today
+        if self.config.dtype == "auto":  # which might choose otherwise today
+            self.model.compute_dtype = getattr(torch, state["dtype"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+            _load_moments(optimiser, saved)
         if "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
 
 
-def check_groups(model: ModelConfig, config: TrainConfig) -> None:
-    """Raise `ConfigError` when the experts cannot be split into equal groups for the balance loss."""
+def _load_moments(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take up saved moments, but keep the optimiser's own settings: a later stage may have others."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
+    optimiser.load_state_dict(saved)
+    for group, own in zip(optimiser.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def check_fit(model: ModelConfig, config: TrainConfig) -> None:
+    """Raise `ConfigError` for settings that this model cannot be trained with."""
+    joint = config.mtp_joint_from
+    if joint is not None and not model.num_nextn_predict_layers:
+        raise ConfigError(f"mtp_joint_from={joint}, but the model has no MTP modules; leave it out, or give it some.")
     experts = model.moe_num_experts
     if config.ep_weight and experts % config.ep_groups:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]

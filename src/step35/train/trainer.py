@@ -17,7 +17,7 @@ from step35.runtime.console import Console
 from step35.runtime.rundir import RunDir
 from step35.runtime.saver import Saver
 from step35.runtime.signals import interruptible
-from step35.train.guard import Guard, Position
+from step35.train.guard import Guard, Position, discard_damaged
 from step35.train.step import Learner
 
 
@@ -31,8 +31,8 @@ def train(
     name: str,
     validate: Callable[[], float] | None = None,
     start: dict[str, Any] | None = None,
-) -> Step35:
-    """Train `model` in place to `config.steps`, resuming from the run's newest checkpoint.
+) -> Position:
+    """Train `model` in place to `config.steps`, resuming from the run's newest checkpoint; return where it ended.
 
     Without one it starts from `start`, the final state of an earlier stage, or from the model as it is. Ctrl-C
     and SIGTERM save the state before `KeyboardInterrupt` or `Terminated` goes on its way.
@@ -55,24 +55,23 @@ def train(
             saver.check()
             started, rows = time.perf_counter(), config.rows_at(at.step)
             metrics = guard.advance(loader)
-            done = at.step
-            if metrics is None:
-                stage.advance(done - stage.done)
-                continue
-            rate = rows * config.context / (time.perf_counter() - started)
-            if validate and (done % config.validate_every == 0 or done == config.steps):
-                metrics["val_loss"] = validate()
-            if done % config.monitor_every == 0 or done == config.steps:
-                metrics.update(learner.details())
-            run.metrics.log(done, tokens=config.tokens_until(done), tokens_per_s=rate, **metrics)
+            done, last, figures = at.step, at.step == config.steps, ""
+            if metrics is not None:
+                rate = rows * config.context / (time.perf_counter() - started)
+                if validate and (done % config.validate_every == 0 or last):
+                    metrics["val_loss"] = validate()
+                if done % config.monitor_every == 0 or last:
+                    metrics.update(learner.details())
+                run.metrics.log(done, tokens=config.tokens_until(done), tokens_per_s=rate, **metrics)
+                figures = f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s"
             stopping = interrupted()  # asked once: a signal between two looks would leave without saving
-            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+            if stopping or (metrics is not None and (done % config.checkpoint_every == 0 or last)):
                 guard.save()
             if stopping:
                 saver.wait()
                 interrupted.leave(run, done)
-            stage.advance(done - stage.done, f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s")
-    return model
+            stage.advance(done - stage.done, figures)
+    return at
 
 
 def resume(learner: Any, run: RunDir, console: Console) -> dict[str, Any]:
@@ -82,10 +81,7 @@ def resume(learner: Any, run: RunDir, console: Console) -> dict[str, Any]:
     """
     restored = checkpoint.latest_state(run.checkpoints)
     if restored:
-        for path, reason in restored.skipped.items():
-            console.warn(f"{reason} Going back to {restored.path.name}.")
-            run.events.event("checkpoint_skipped", reason=reason)
-            checkpoint.discard(path)
+        discard_damaged(restored, run, console)
         learner.load_state_dict(restored.state)
         run.events.event("resumed", step=restored.state["step"])
     state = restored.state if restored else {}
