@@ -22,6 +22,17 @@ def test_how_a_run_is_saved_may_change(tmp_path):
         run.check_config({"lr": 2.0, "checkpoints": {"keep": 1}})
 
 
+def test_what_follows_from_an_alarm_may_change_also_within_a_recipe(tmp_path):
+    def settings(action: str, lr: float = 1.0) -> dict:
+        return {"stages": [{"train": {"lr": lr, "stability": {"non_finite": {"action": action}}}}, {"tokens": 5}]}
+
+    run = RunDir(tmp_path)
+    run.write_config(settings("stop"))
+    run.check_config(settings("skip"))
+    with pytest.raises(ConfigError, match=r"stages\.0\.train\.lr: 1\.0 in the folder, 2\.0 now"):
+        run.check_config(settings("skip", lr=2.0))
+
+
 def test_writes_config_and_environment(tmp_path):
     run = RunDir(tmp_path / "runs" / "a")
     run.write_config(CONFIG)

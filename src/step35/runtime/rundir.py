@@ -19,8 +19,9 @@ from step35.runtime.metrics import EventsLog, MetricsLog
 
 ABSENT = "(absent)"
 
-FREE = {"checkpoints", "track"}
-"""Settings that a resumed run may change: how it is saved and who is shown its metrics change nothing it computes."""
+FREE = {"checkpoints", "track", "stability"}
+"""Settings that a resumed run may change: how it is saved, who is shown its metrics, and what follows from an alarm,
+which is the remedy that a stopped run asks for."""
 
 
 class RunDir:
@@ -95,7 +96,9 @@ class RunDir:
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, leaf) for each leaf of nested dictionaries; lists and empty ones are leaves."""
+    """Yield (dotted key, leaf) for each leaf of nested dictionaries and lists of them; other lists are leaves."""
+    if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _flatten(inner, f"{key}.{name}" if key else str(name))
