@@ -47,3 +47,9 @@ def test_the_balance_rate_falls_linearly_to_its_end() -> None:
     falling = CONFIG.model_copy(update={"final_balance_rate": 0.0})
     assert [balance_rate(falling, step) for step in (0, 49)] == [1e-3, 0.0]
     assert balance_rate(falling, 7) == pytest.approx(1e-3 * 42 / 49)
+
+
+def test_without_a_final_rate_it_falls_to_a_tenth() -> None:
+    config = TrainConfig(steps=50, lr=3e-4)
+    assert learning_rate(config, 50) == pytest.approx(3e-5)
+    assert learning_rate(config, 49) > 3e-5

@@ -11,6 +11,8 @@ from step35.config.base import Config, Trackers
 from step35.config.checkpoint import CheckpointConfig
 from step35.config.stability import StabilityConfig
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class MuonConfig(Config):
     """Muon with Polar Express for hidden matrices, AdamW for the rest (sections 3 and 4.1)."""
@@ -23,14 +25,14 @@ class MuonConfig(Config):
     """Singular values down to this share of a matrix's norm are brought to 1; the polynomials follow from it."""
     iteration_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Rounding of the iteration's state: the report found bf16 to produce rare extreme outliers."""
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_betas: tuple[Beta, Beta] = (0.9, 0.95)
 
 
 class AdamWConfig(Config):
     """AdamW for everything: the baseline."""
 
     kind: Literal["adamw"] = "adamw"
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_betas: tuple[Beta, Beta] = (0.9, 0.95)
 
 
 class RampConfig(Config):
@@ -60,8 +62,8 @@ class TrainConfig(Config):
     optim: Annotated[MuonConfig | AdamWConfig, Field(discriminator="kind")] = MuonConfig()
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate; Muon's update is scaled so that one rate serves both optimisers."""
-    final_lr: float = Field(default=5e-4, ge=0)
-    """Rate at the end."""
+    final_lr: float | None = Field(default=None, ge=0)
+    """Rate at the end, at most `lr`; None is a tenth of `lr`."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate goes from its peak to `final_lr`; constant stays at the peak."""
     warmup_steps: int = Field(default=20, ge=0)
@@ -73,7 +75,7 @@ class TrainConfig(Config):
     mtp_weight: float = Field(default=0.3, ge=0)
     """Weight of the MTP losses together; depth k gets a share proportional to mtp_decay^k."""
     mtp_decay: float = Field(default=0.6, gt=0, le=1)
-    mtp_joint_from: int | None = None
+    mtp_joint_from: int | None = Field(default=None, ge=0)
     """Step at which MTP-2 and later are cloned from MTP-1 and join; None trains MTP-1 only."""
     balance_rate: float = Field(default=1e-3, ge=0)
     """Step of the loss-free router bias; 0 freezes it."""
@@ -103,11 +105,16 @@ class TrainConfig(Config):
     """Monitors, alarms and their actions."""
 
     @model_validator(mode="after")
-    def _splits_evenly(self) -> TrainConfig:
+    def _consistent(self) -> TrainConfig:
         if self.batch_rows > self.micro_rows and self.batch_rows % self.micro_rows:
             divisors = [n for n in range(1, self.batch_rows + 1) if self.batch_rows % n == 0]
             raise ValueError(
                 f"batch_rows={self.batch_rows} is not divisible by micro_rows={self.micro_rows}; choose from {divisors}"
+            )
+        if self.final_lr is not None and self.final_lr > self.lr and self.decay != "constant":
+            raise ValueError(
+                f"final_lr={self.final_lr:g} is above lr={self.lr:g}, and the rate is to fall; give at most lr, or "
+                "leave it out for a tenth of lr"
             )
         ends = [ramp.until_tokens for ramp in self.batch_ramp]
         if ends != sorted(set(ends)):
@@ -116,6 +123,11 @@ class TrainConfig(Config):
             if ramp.rows > self.micro_rows and ramp.rows % self.micro_rows:
                 raise ValueError(f"batch_ramp: rows={ramp.rows} is not divisible by micro_rows={self.micro_rows}")
         return self
+
+    @property
+    def last_lr(self) -> float:
+        """Rate at the end."""
+        return self.lr / 10 if self.final_lr is None else self.final_lr
 
     @property
     def phases(self) -> list[tuple[int, int]]:
