@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from step35.cli.main import main
+from step35.cli.recipe import mixture
 from step35.config.load import load_file as load_recipe
 from step35.config.recipe import RecipeConfig
+from step35.data.prepare import PreparedData
+from step35.data.sampler import MixtureLoader
 from step35.model.weights import load_model
 from step35.runtime.metrics import read_metrics
 
@@ -36,6 +41,7 @@ micro_rows = 4
 context = 32
 warmup_steps = 0
 dtype = "float32"
+checkpoint_every = 2
 
 [[stages]]
 name = "short"
@@ -100,11 +106,58 @@ def test_the_frozen_router_stays_and_the_rest_moves(run: Path) -> None:
     assert "embed_tokens.weight" not in same
 
 
-def test_the_account_is_exact_and_the_second_stage_reads_on(run: Path) -> None:
+def test_the_account_is_exact(run: Path) -> None:
     first, second = (read(run / f / "account.json") for f in ("1-short", "2-long"))
-    assert sum(source["tokens"] for source in first.values()) == 512
+    assert {name: source["tokens"] for name, source in first.items()} == {"sums": 384, "recall": 128}
     assert sum(source["tokens"] for source in second.values()) == 512
     assert set(second) == {"recall", "sums"}  # sums by replay
+    assert [read(run / f / "done.json")["rows"] for f in ("1-short", "2-long", "3-mtp")] == [16, 4, 8]
+
+
+@pytest.mark.parametrize("rows", [16, 48])
+def test_a_stage_reads_on_behind_the_rows_that_were_really_taken(run: Path, rows: int) -> None:
+    recipe, data = load_recipe(run.parent / "recipe.toml", RecipeConfig), PreparedData.load(run / "data")
+    first = mixture(recipe, recipe.stages[0], data)
+    second = mixture(recipe, recipe.stages[1], data, {"short": rows})
+    expected = MixtureLoader(
+        data.sources, recipe.weights(recipe.stages[1]), context=128, seed=0, window_rows=4, mask_meta_from=0,
+        start=first.behind(rows),
+    )  # fmt: skip
+    assert np.array_equal(second.rows(0, 4).tokens, expected.rows(0, 4).tokens)
+    anew = mixture(recipe, recipe.stages[1], data, {"short": 0})
+    assert not np.array_equal(second.rows(0, 4).tokens, anew.rows(0, 4).tokens)
+
+
+def again(run: Path, folder: Path, text: str = RECIPE) -> int:
+    """Run the recipe again on a copy of `run` that the caller has changed."""
+    (folder / "recipe.toml").write_text(text)
+    return main(["curriculum", str(folder / "recipe.toml"), "--out", str(run)])
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_a_stage_does_not_start_from_an_older_state_of_the_one_before(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copy / "2-long")
+    [tensors] = (copy / "1-short" / "checkpoints" / "step_4").glob("*.distcp")
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert again(copy, tmp_path) != 0
+    assert "no whole checkpoint of the stage's last step, 4" in capsys.readouterr().err
+    assert not (copy / "2-long" / "metrics.jsonl").exists()
+
+
+def test_a_stage_that_has_begun_needs_the_one_before_no_more(copy: Path, tmp_path: Path) -> None:
+    (copy / "2-long" / "done.json").unlink()
+    shutil.rmtree(copy / "1-short" / "checkpoints")
+    assert again(copy, tmp_path) == 0
+
+
+def test_what_follows_from_an_alarm_may_change(copy: Path, tmp_path: Path) -> None:
+    assert again(copy, tmp_path, RECIPE.replace("[train]", '[train]\nstability.non_finite.action = "skip"')) == 0
 
 
 def test_probes_and_acceptance_are_measured_before_and_after(run: Path) -> None:
@@ -130,10 +183,42 @@ def test_another_recipe_in_the_same_folder_is_refused(run: Path, capsys: pytest.
     assert "holds a run with other settings" in capsys.readouterr().err
 
 
-def test_a_mixture_of_sources_that_no_one_prepared_is_refused_before_any_step(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text(RECIPE.replace("mixture = { sums = 1 }", "mixture = { books = 1 }"))
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("mixture = { sums = 1 }", "mixture = { books = 1 }", "no source is called ['books']"),
+        ("mtp_joint_from = 0", "mtp_joint_from = 0\nep_groups = 5", "not divisible by ep_groups=5"),
+        ("mtp_joint_from = 0", "mtp_joint_from = 2", "mtp_joint_from=2 never comes"),
+        ('"tiny"', '"tinny"', "unknown preset 'tinny'"),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_said_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
+) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE.replace(old, new))
+    for flags in ([], ["--dry-run"]):
+        assert main(["curriculum", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"), *flags]) != 0
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_too_little_validation_text_for_the_last_stage_is_said_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE + "context = 8192\nbatch_rows = 1\nmicro_rows = 1\n")
     assert main(["curriculum", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run")]) != 0
-    assert not (tmp_path / "run" / "1-short" / "metrics.jsonl").exists()
+    assert "less than one row of context=8192" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "1-short").exists()
+
+
+def test_a_rate_is_stated_or_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    command = ["curriculum", str(tmp_path / "r.toml"), "--dry-run", "--rate"]
+    with pytest.raises(SystemExit):
+        main([*command, "0"])
+    assert "greater than 0" in capsys.readouterr().err
+    assert main([*command, "5", "--measure"]) != 0
+    assert "give one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "flash"])
@@ -152,5 +237,7 @@ def test_the_recipes_that_come_with_the_project_are_sound(name: str, capsys: pyt
 def test_the_timeline_can_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.toml").write_text(RECIPE)
     assert main(["curriculum", str(tmp_path / "r.toml"), "--dry-run", "--measure"]) == 0
-    assert "in all" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "in all" in shown
+    assert "who gets which optimiser" in shown
     assert not (tmp_path / "run").exists()

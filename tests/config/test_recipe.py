@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step35.cli.recipe import architecture
 from step35.config.load import load_file
 from step35.config.presets import preset
 from step35.config.recipe import RecipeConfig, with_theta
@@ -45,7 +46,19 @@ def test_the_reports_run_is_verbatim() -> None:
     assert [(c.lr, c.final_lr) for c in trained.values()] == [
         (2.5e-4, 5e-5), (5e-5, 2e-5), (2e-5, 2e-5), (2e-5, 2e-5), (2e-5, 7.3e-6), (1e-5, 5e-6)
     ]  # fmt: skip
-    assert [s.theta_full for s in found.stages] == [None, None, 1e6, 1e6, 5e6, 5e6]
+    for s, theta in zip(found.stages, (1e4, 1e4, 1e6, 1e6, 5e6, 5e6), strict=True):  # what the model is built with
+        layers = architecture(found, s, 128_896).layers()
+        assert {(la.window is None, la.rope_theta, la.rope_scaling) for la in layers} == {
+            (True, theta, None), (False, 1e4, None)
+        }  # fmt: skip
+        assert s.mask_meta_from_tokens == (None if s.conversations else 3_800 * B)
+    assert [c.decay for c in trained.values()] == ["cosine", "cosine", "constant", "constant", "cosine", "cosine"]
+    assert [(c.balance_rate, c.final_balance_rate) for c in trained.values()] == [
+        (0.001, None), (0.001, 0.0), *[(0.0, None)] * 4
+    ]  # fmt: skip
+    assert [c.batch_rows for c in trained.values()] == [16384, 16384, 2048, 2048, 512, 32]
+    assert trained["pretrain-1"].warmup_steps == 2000
+    assert 400 * B <= trained["pretrain-1"].tokens_until(trained["pretrain-1"].phases[-1][0]) < 400.1 * B
     assert [c.mtp_weight for c in trained.values()] == [0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
     assert [c.freeze_router for c in trained.values()] == [False] * 3 + [True] * 3
     assert [c.ep_weight for c in trained.values()] == [0.001] * 3 + [0.0] * 3
@@ -56,6 +69,8 @@ def test_the_reports_run_is_verbatim() -> None:
         assert 0 <= config.tokens_until(config.steps) - s.tokens < config.batch_rows * config.context
     assert trained["midtrain-1"].warmup_steps == math.ceil(0.03 * trained["midtrain-1"].steps)
     assert found.weights(found.stages[3])["web"] == pytest.approx(0.21 * 0.25)
+    replayed = [round(s.replay * s.tokens / B, 1) for s in found.stages if s.replay_of == "pretrain-2b"]
+    assert replayed == [81.1, 10.6]
 
 
 RAMPED = TrainConfig.parse(
@@ -106,7 +121,14 @@ def test_a_stage_lays_its_knobs_over_the_common_ones() -> None:
         ([stage(replay=0.2)], "replay and replay_of go together"),
         ([stage(replay=0.2, replay_of="none")], "replay_of='none' is no earlier stage"),
         ([stage(mixture={"web": 0.0})], "weights must be above 0"),
+        ([stage(mixture={"web": math.inf})], "weights must be above 0"),
         ([stage(train={"steps": 3})], "train.steps follows from tokens=10000"),
+        ([stage(train={"seed": 3})], "train.seed is the recipe's seed=0"),
+        ([stage(train={"lr": 1e-3, "final_lr": 2e-3})], "final_lr=0.002 is above lr=0.001"),
+        ([stage(train={"mtp_joint_from": -1})], "mtp_joint_from=-1"),
+        ([stage(train={"optim": {"adamw_betas": [1.5, 0.9]}})], "adamw_betas"),
+        ([stage(), stage("two", train={"optim": {"kind": "adamw"}})], "optim.kind must be one in all stages"),
+        ([{"name": "sft", "tokens": 9, "conversations": "c", "mask_meta_from_tokens": 0}], "no meta tokens"),
         ([stage(train={"lrr": 3})], "unknown key 'lrr'"),
         ([stage(train={"lr": -1})], "lr=-1"),
         ([stage(tokens=0)], "tokens"),

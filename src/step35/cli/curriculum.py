@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+from pydantic import Field
 
 from step35.config.base import Config
 from step35.config.load import load_file
@@ -30,10 +31,10 @@ class Args(Config):
     """Run directory; each stage is a run directory inside it."""
     dry_run: bool = False
     """Print the timeline and stop: steps, tokens, hours."""
-    rate: float | None = None
+    rate: float | None = Field(default=None, gt=0)
     """Tokens per second to reckon the timeline's hours with."""
     measure: bool = False
-    """Time updates of every stage on this machine for the timeline's hours."""
+    """Time updates of every stage on this machine for the timeline's hours, instead of a stated rate."""
 
 
 def main(args: Args) -> int:
@@ -58,6 +59,12 @@ def main(args: Args) -> int:
 
 def show_timeline(recipe: RecipeConfig, args: Args, console: Console) -> None:
     """Print the stages, what they change, and how long they take at a stated or measured rate."""
+    from step35.cli.dry_run import describe_training
+    from step35.cli.recipe import architecture, check_recipe
+
+    check_recipe(recipe)
+    if args.rate and args.measure:
+        raise ConfigError("--rate states what --measure would find; give one of them.")
     timeline, changes = [], []
     hours = 0.0
     for stage in recipe.stages:
@@ -69,18 +76,21 @@ def show_timeline(recipe: RecipeConfig, args: Args, console: Console) -> None:
             (stage.name, _tokens(stage.tokens), f"{config.steps:,}", f"{config.context:,}", _rows(config), _lr(config),
              f"{rate:,.0f}" if rate else "-", took)
         )  # fmt: skip
-        changes.append((stage.name, _data(recipe, stage), _theta(stage), _balance(config), _mtp(config)))
+        changes.append((stage.name, _data(recipe, stage), _theta(recipe, stage), _balance(config), _mtp(config)))
     total = sum(stage.tokens for stage in recipe.stages)
     timeline.append(("in all", _tokens(total), "", "", "", "", "", f"{hours:,.2f}" if hours else "-"))
     columns = ["stage", "tokens", "steps", "context", "rows", "learning rate", "tokens/s", "hours"]
     console.table(f"timeline of {args.recipe}, preset {recipe.preset}", columns, timeline)
     console.table("what each stage changes", ["stage", "data", "theta full", "balance", "MTP"], changes)
+    last = recipe.stages[-1]
+    shape = architecture(recipe, last, recipe.prepare.vocab_size)
+    describe_training(shape, recipe.training(last), console, tokens=total)
     if not hours:
         console.print("for hours, state a rate (--rate TOKENS_PER_SECOND), or time a small model here (--measure)")
 
 
 def measured_rate(recipe: RecipeConfig, stage: StageConfig) -> float:
-    """Return the tokens per second of one micro-batch's update on this machine, after one to warm up."""
+    """Return the tokens per second of one full batch's update on this machine, after one to warm up."""
     import torch
 
     from step35.cli.recipe import architecture
@@ -100,7 +110,7 @@ def measured_rate(recipe: RecipeConfig, stage: StageConfig) -> float:
     model = Step35(shape)
     initialise(model, generator(0, "init"))
     learner = Learner(model.to(pick_device("auto")), config)
-    tokens = torch.randint(shape.vocab_size, (config.rows_at(0), config.context)).numpy()
+    tokens = torch.randint(shape.vocab_size, (config.batch_rows, config.context)).numpy()
     batch = Batch(tokens, tokens * 0, tokens >= 0)
     seconds = []
     for step in range(2):
@@ -123,18 +133,25 @@ def _rows(config: TrainConfig) -> str:
 
 def _lr(config: TrainConfig) -> str:
     warmup = f"{config.warmup_steps:,} steps up to " if config.warmup_steps else ""
-    law = f", {config.decay} to {config.final_lr:g}" if config.decay != "constant" else ", constant"
+    law = f", {config.decay} to {config.last_lr:g}" if config.decay != "constant" else ", constant"
     return f"{warmup}{config.lr:g}{law}"
 
 
 def _data(recipe: RecipeConfig, stage: StageConfig) -> str:
     if stage.conversations:
         return f"conversations: {stage.conversations}"
-    return ", ".join(f"{name} {share:.1%}" for name, share in recipe.weights(stage).items())
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in recipe.weights(stage).items())
+    replay = f"; {stage.replay:.1%} replays {stage.replay_of}" if stage.replay_of else ""
+    masked = stage.mask_meta_from_tokens
+    meta = f"; meta lines leave the loss at {_tokens(masked)}" if masked is not None else ""
+    return shares + replay + meta
 
 
-def _theta(stage: StageConfig) -> str:
-    return f"{stage.theta_full:,.0f}" if stage.theta_full else "as before"
+def _theta(recipe: RecipeConfig, stage: StageConfig) -> str:
+    from step35.cli.recipe import architecture
+
+    layers = architecture(recipe, stage, recipe.prepare.vocab_size).trunk_layers()
+    return ", ".join(f"{theta:,.0f}" for theta in dict.fromkeys(la.rope_theta for la in layers if la.window is None))
 
 
 def _balance(config: TrainConfig) -> str:

@@ -28,8 +28,13 @@ def show_settings(settings: Config, console: Console) -> None:
     console.print(settings.model_dump_json(indent=1, exclude={"dry_run"}))
 
 
-def describe_training(model_config: ModelConfig, config: TrainConfig, console: Console) -> None:
-    """Print who gets which optimiser, and what the run costs; the model is built on the meta device."""
+def describe_training(
+    model_config: ModelConfig, config: TrainConfig, console: Console, *, tokens: int | None = None
+) -> None:
+    """Print who gets which optimiser, and what the run costs; the model is built on the meta device.
+
+    `tokens` are those of all stages, where `config` is the last one.
+    """
     with torch.device("meta"):
         named = dict(Step35(model_config).named_parameters())
     table = assign(model_config, named, config.optim.kind)
@@ -40,14 +45,15 @@ def describe_training(model_config: ModelConfig, config: TrainConfig, console: C
     )
     total = sum(p.numel() for p in named.values())
     active = sum(part.active for part in parts(model_config))
-    tokens = config.tokens_until(config.steps)
+    tokens = tokens or config.tokens_until(config.steps)
     state = state_bytes(named, table) + (BF16_COPY * total if config.param_dtype == "bfloat16" else 0)
     figures = [
         ("parameters", f"{total:,}"),
         ("active for one token, embeddings, heads and MTP included", f"{active:,}"),
         ("weights, gradients and optimiser state", f"{state / 1e9:.2f} GB"),
         ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
-        ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_rows * config.context:,} at the end)"),
+        ("tokens", f"{tokens:,}"),
+        ("tokens of a step, at the end", f"{config.batch_rows * config.context:,}"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * active * tokens:.3g}"),
     ]
     console.table("dry run", ["figure", "value"], figures)

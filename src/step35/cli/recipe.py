@@ -6,6 +6,8 @@ read. After a stage with a probe, the needle probe is put to the model before it
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,15 @@ from step35.post.sft import packed_rows, read_conversations
 from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.device import pick_device
+from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
+from step35.train.step import check_fit
 
 CALCULATOR = "calculator"
 """Conversations of this name are synthesised: calculator demonstrations with executed calls."""
 WINDOW_ROWS = 256
-"""Rows of a window of the mixture, unless the stage is shorter: shares are exact by window."""
+"""Most rows of a window of the mixture: shares are exact by window."""
 MANY_EPOCHS = 4
 """Reading data more often adds little (Muennighoff et al. 2023, arXiv:2305.16264)."""
 VALIDATION_PASS_TOKENS = 4096
@@ -48,6 +52,13 @@ ACCEPTANCE_TOKENS = 48
 
 def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
     """Run every stage of `recipe` that is not done yet, then write the report page."""
+    check_recipe(recipe)
+    check_files(recipe)
+    with locked(run.path):
+        _run_recipe(run, recipe, console)
+
+
+def _run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
     settings = recipe.model_dump(mode="json")
     run.check_config(settings)
     run.write_config(settings)
@@ -55,12 +66,14 @@ def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
     first = recipe.training(recipe.stages[0])
     data = stages.prepare_data(run.path / "data", recipe.prepare, console, context=first.context)
     for stage in recipe.stages:
-        check_sources(recipe, stage, data)  # a wrong name in the last stage is to be said before the first one starts
+        validation_rows(data, recipe.training(stage))  # too few for the last stage is to be said before the first
     former: RunDir | None = None
     rows = []
+    read: dict[str, int] = {}
     for number, stage in enumerate(recipe.stages, start=1):
         folder = RunDir(run.path / f"{number}-{stage.name}")
-        result = run_stage(folder, recipe, stage, data, former, console)
+        result = run_stage(folder, recipe, stage, data, former, read, console)
+        read[stage.name] = result["rows"]
         rows.append((stage.name, *_figures(result)))
         former = folder
     columns = ["stage", "validation loss", "needles before", "needles after", "acceptance before", "acceptance after"]
@@ -69,25 +82,36 @@ def run_recipe(run: RunDir, recipe: RecipeConfig, console: Console) -> None:
 
 
 def run_stage(
-    run: RunDir, recipe: RecipeConfig, stage: StageConfig, data: PreparedData, former: RunDir | None, console: Console
+    run: RunDir,
+    recipe: RecipeConfig,
+    stage: StageConfig,
+    data: PreparedData,
+    former: RunDir | None,
+    read: Mapping[str, int],
+    console: Console,
 ) -> dict[str, Any]:
-    """Train one stage in `run`, or return its result when it is done."""
+    """Train one stage in `run`, or return its result when it is done; `read` are the rows earlier stages took."""
     config = recipe.training(stage)
 
     def work() -> dict[str, Any]:
         shape = architecture(recipe, stage, data.tokenizer.vocab_size)
-        model, start = _model(shape, recipe, former)
-        loader = _loader(recipe, stage, config, data, console)
+        model = Step35(shape)
+        initialise(model, generator(recipe.seed, "init"))
+        begun = checkpoint.latest(run.checkpoints) is not None
+        start = _final_state(former, recipe) if former and not begun else None
+        loader = _loader(recipe, stage, config, data, read, console)
         found = stages.fit(
-            model, Prefetch(loader), validation_rows(data, config), data.tokenizer, config, run, console,
+            model.to(pick_device("auto")), Prefetch(loader), validation_rows(data, config), data.tokenizer, config,
+            run, console,
             name=stage.name, validation_pass=max(1, VALIDATION_PASS_TOKENS // config.context), start=start,
         )  # fmt: skip
         if isinstance(loader, MixtureLoader):
-            account = loader.account(config.rows_until(config.steps))
+            account = loader.account(found["rows"])
             run.write_json("account.json", {name: asdict(read) for name, read in account.items()})
         return found | _compare(recipe, stage, config, former, run, data, console)
 
-    inputs: dict[str, str | Path] = {"recipe": stage.model_dump_json(), "data": data.folder}
+    own = stage.model_dump_json(exclude={"train"})  # the trainer's knobs are settings of the run
+    inputs: dict[str, str | Path] = {"recipe": own, "data": data.folder}
     if former:
         inputs["former"] = former.path / "model"
     return stages.stage(run, config, work, console, **inputs)
@@ -95,7 +119,8 @@ def run_stage(
 
 def architecture(recipe: RecipeConfig, stage: StageConfig, vocab_size: int) -> ModelConfig:
     """Return the model of `stage`: the preset with the recipe's MTP modules and the angles reached by then."""
-    shape = preset(recipe.preset).model_copy(update={"vocab_size": vocab_size})
+    # A preset may be a finished model whose positions are stretched by rope_scaling; training stretches nothing.
+    shape = preset(recipe.preset).model_copy(update={"vocab_size": vocab_size, "rope_scaling": None})
     if recipe.mtp is not None:
         shape = shape.with_mtp(recipe.mtp)
     for earlier in recipe.stages[: recipe.stages.index(stage) + 1]:
@@ -103,43 +128,56 @@ def architecture(recipe: RecipeConfig, stage: StageConfig, vocab_size: int) -> M
     return shape
 
 
-def _model(shape: ModelConfig, recipe: RecipeConfig, former: RunDir | None) -> tuple[Step35, dict[str, Any] | None]:
-    """Return the model, and the final state of the stage before it, from which training starts."""
-    model = Step35(shape)
-    initialise(model, generator(recipe.seed, "init"))
-    state = None
-    if former:
-        restored = checkpoint.latest_state(former.checkpoints)
-        if restored is None:
-            raise CheckpointError(f"{former.checkpoints} holds no checkpoint; delete {former.path} to train it again.")
-        state = restored.state
-    return model.to(pick_device("auto")), state
+def _final_state(former: RunDir, recipe: RecipeConfig) -> dict[str, Any]:
+    """Return the final state of the stage before, from which training starts. Raises `CheckpointError`."""
+    restored = checkpoint.latest_state(former.checkpoints)
+    number = int(former.path.name.split("-")[0])
+    last = recipe.training(recipe.stages[number - 1]).steps
+    if restored is None or restored.skipped or restored.state["step"] != last:
+        reason = "\n".join(restored.skipped.values()) if restored else ""
+        raise CheckpointError(
+            f"{former.checkpoints} has no whole checkpoint of the stage's last step, {last}, to go on from. {reason}"
+            f"Put it back, or delete {former.path} to train that stage again."
+        )
+    return restored.state
 
 
 def _loader(
-    recipe: RecipeConfig, stage: StageConfig, config: TrainConfig, data: PreparedData, console: Console
+    recipe: RecipeConfig,
+    stage: StageConfig,
+    config: TrainConfig,
+    data: PreparedData,
+    read: Mapping[str, int],
+    console: Console,
 ) -> MixtureLoader | PackedLoader:
     if stage.conversations:
         return _conversations(recipe, stage, config, data, console)
-    loader = mixture(recipe, stage, data)
-    for name, read in loader.account(config.rows_until(config.steps)).items():
-        if read.epochs > MANY_EPOCHS:
-            console.warn(f"{stage.name}: source {name!r} is read {read.epochs:.1f} times over; prepare more of it")
+    loader = mixture(recipe, stage, data, read)
+    for name, part in loader.account(config.rows_until(config.steps)).items():
+        if part.epochs > MANY_EPOCHS:
+            console.warn(f"{stage.name}: source {name!r} is read {part.epochs:.1f} times over; prepare more of it")
     return loader
 
 
-def mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> MixtureLoader:
-    """Return the stage's mixture; each source goes on where the stages before have left it."""
+def mixture(
+    recipe: RecipeConfig, stage: StageConfig, data: PreparedData, read: Mapping[str, int] | None = None
+) -> MixtureLoader:
+    """Return the stage's mixture; each source goes on where the stages before have left it.
+
+    `read` has the rows that each of them took, skipped and undone ones included; without it, those of its plan.
+    """
     start: dict[str, int] = {}
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
         if earlier.mixture:
             config = recipe.training(earlier)
-            start |= _mixture(recipe, earlier, data, start).behind(config.rows_until(config.steps))
+            rows = (read or {}).get(earlier.name, config.rows_until(config.steps))
+            start |= _mixture(recipe, earlier, data, start).behind(rows)
     return _mixture(recipe, stage, data, start)
 
 
 def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start: dict[str, int]) -> MixtureLoader:
     weights, config = recipe.weights(stage), recipe.training(stage)
+    rows = config.rows_until(config.steps)
     masked: int | None = None
     if stage.mask_meta_from_tokens is not None:
         masked = max(0, stage.mask_meta_from_tokens - recipe.tokens_before(stage)) // config.context
@@ -149,21 +187,37 @@ def _mixture(recipe: RecipeConfig, stage: StageConfig, data: PreparedData, start
         context=config.context,
         seed=recipe.seed,
         start=start,
-        window_rows=min(WINDOW_ROWS, config.rows_until(config.steps)),
+        window_rows=math.ceil(rows / math.ceil(rows / WINDOW_ROWS)),  # whole windows: the rest of one is read by none
         mask_meta_from=masked,
     )
 
 
-def check_sources(recipe: RecipeConfig, stage: StageConfig, data: PreparedData) -> None:
-    """Raise `ConfigError` for a source that was not prepared, and for a file of conversations that is not there."""
-    missing = sorted(recipe.weights(stage).keys() - data.sources.keys()) if stage.mixture else []
-    if missing:
-        raise ConfigError(f"stage {stage.name!r}: no source is called {missing}; prepared are {sorted(data.sources)}.")
-    if stage.conversations not in (None, CALCULATOR) and not Path(str(stage.conversations)).is_file():
-        raise ConfigError(
-            f"stage {stage.name!r}: conversations={stage.conversations!r} is no file; give JSON lines of "
-            f'conversations, or "{CALCULATOR}" for synthesised ones.'
-        )
+def check_recipe(recipe: RecipeConfig) -> None:
+    """Raise `ConfigError` for what would stop a later stage: settings that do not fit the model, unknown sources."""
+    prepared = {source.name for source in recipe.prepare.sources} or {"corpus"}
+    for stage in recipe.stages:
+        config = recipe.training(stage)
+        check_fit(architecture(recipe, stage, recipe.prepare.vocab_size), config)
+        if config.mtp_joint_from is not None and config.mtp_joint_from >= config.steps:
+            raise ConfigError(
+                f"stage {stage.name!r}: mtp_joint_from={config.mtp_joint_from} never comes: the stage has "
+                f"{config.steps} steps, 0 to {config.steps - 1}."
+            )
+        missing = sorted(recipe.weights(stage).keys() - prepared) if stage.mixture else []
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name!r}: no source is called {missing}; prepare.sources has {sorted(prepared)}."
+            )
+
+
+def check_files(recipe: RecipeConfig) -> None:
+    """Raise `ConfigError` for a file of conversations that is not there."""
+    for stage in recipe.stages:
+        if stage.conversations not in (None, CALCULATOR) and not Path(str(stage.conversations)).is_file():
+            raise ConfigError(
+                f"stage {stage.name!r}: conversations={stage.conversations!r} is no file; give JSON lines of "
+                f'conversations, or "{CALCULATOR}" for synthesised ones.'
+            )
 
 
 def _conversations(

@@ -174,7 +174,7 @@ def fit(
     validation_pass: int = 16,
     start: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train `model` with validation on `held_back`, publish it in the run, return loss, steps and tokens.
+    """Train `model` with validation on `held_back`, publish it in the run, return loss, steps, tokens and rows.
 
     `validation_pass` are the rows of one forward pass; `start` is an earlier stage's final state.
     """
@@ -185,12 +185,13 @@ def fit(
         return losses[-1]
 
     write_architecture(run, model.config, tokenizer)
-    train(model, loader, config, run, console, name=name, validate=validate, start=start)
+    end = train(model, loader, config, run, console, name=name, validate=validate, start=start)
     publish(model, tokenizer, run.path / "model")
     return {
         "val_loss": losses[-1] if losses else validate(),
         "steps": config.steps,
         "tokens": config.tokens_until(config.steps),
+        "rows": end.row,  # rows taken from the loader, those of skipped batches and undone updates included
     }
 
 

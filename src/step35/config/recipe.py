@@ -88,20 +88,30 @@ class RecipeConfig(Config):
                     f"stage {stage.name!r}: replay_of={stage.replay_of!r} is no earlier stage with a mixture; "
                     f"choose from {[name for name, earlier in seen.items() if earlier.mixture]}"
                 )
-            bad = {key: weight for key, weight in stage.mixture.items() if not weight > 0}
+            bad = {key: weight for key, weight in stage.mixture.items() if not 0 < weight < math.inf}
             if bad:
                 raise ValueError(f"stage {stage.name!r}: weights must be above 0, not {bad}; leave the source out")
-            if "steps" in stage.train or "steps" in self.train:
+            if stage.conversations and (stage.replay or stage.mask_meta_from_tokens is not None):
+                raise ValueError(
+                    f"stage {stage.name!r}: conversations have no replay and no meta tokens; leave out replay, "
+                    "replay_of and mask_meta_from_tokens"
+                )
+            given = stage.train.keys() | self.train.keys()
+            if "steps" in given:
                 raise ValueError(f"stage {stage.name!r}: train.steps follows from tokens={stage.tokens}; leave it out")
+            if "seed" in given:
+                raise ValueError(f"stage {stage.name!r}: train.seed is the recipe's seed={self.seed}; set that one")
             seen[stage.name] = stage
-        for stage in self.stages:
-            self.training(stage)  # a bad knob of the last stage is to be said before the first one starts
+        # A bad knob of the last stage is to be said before the first one starts.
+        kinds = {stage.name: self.training(stage).optim.kind for stage in self.stages}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"optim.kind must be one in all stages, which hand on their moments, not {kinds}")
         return self
 
     def training(self, stage: StageConfig) -> TrainConfig:
         """Return the trainer's settings of `stage`; its last step may go past `tokens` by less than a batch."""
         values = lay_over(self.train, stage.train) | {"seed": self.seed}
-        one = TrainConfig.parse(values | {"steps": 1}, where=f"stage {stage.name!r}")
+        one = TrainConfig.parse(values | {"steps": 1}, where=f"stage {stage.name!r}")  # for its batches alone
         steps = one.steps_for(stage.tokens)
         if stage.warmup_share is not None:
             values |= {"warmup_steps": math.ceil(stage.warmup_share * steps)}
