@@ -60,6 +60,27 @@ def test_keeps_the_newest_by_number(tmp_path):
     assert checkpoint.latest(tmp_path) == tmp_path / "step_100"
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_all_is_on_the_disk_before_it_counts_and_before_anything_is_deleted(
+    tmp_path: Path, order: list[tuple[str, int | str]], replaced: bool
+) -> None:
+    checkpoint.save(tmp_path, 2 if replaced else 1, state_of(1), keep=1)
+    order.clear()
+    target = checkpoint.save(tmp_path, 2, state_of(2), keep=1)
+    published = order.index(("rename", str(target)))
+    assert sorted(path.name for path in target.iterdir()) == sorted(FILES)
+    for path in (target, *target.iterdir()):
+        assert ("flush", path.stat().st_ino) in order[:published], path
+    inside = [place for place, (what, path) in enumerate(order) if what == "rename" and f"{target}.tmp/" in str(path)]
+    assert ("flush", target.stat().st_ino) in order[max(inside) : published]  # the folder, after its last file
+    flushed = ("flush", tmp_path.stat().st_ino)
+    assert order[published + 1] == flushed
+    ending = "2.tmp-old" if replaced else "1.tmp-gone"
+    moved, deleted = (order.index((what, str(tmp_path / f"step_{ending}"))) for what in ("rename", "delete"))
+    assert flushed in order[moved:deleted]
+    assert published < deleted
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoint.save(tmp_path, 1, state_of(1))
     checkpoint.save(tmp_path, 1, state_of(5))

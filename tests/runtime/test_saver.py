@@ -71,6 +71,16 @@ def test_it_saves_the_state_of_the_call(make: Make, tmp_path: Path, gate: thread
     assert saved(tmp_path, 2) == (2.0, 2.0)
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_counts(
+    make: Make, tmp_path: Path, order: list[tuple[str, int | str]]
+) -> None:
+    with make() as saver:
+        saver.run.metrics.log(1, loss=1.0)
+        saver.save(1, state_of(1.0))
+    published = order.index(("rename", str(tmp_path / "checkpoints" / "step_1")))
+    assert ("flush", saver.run.metrics.path.stat().st_ino) in order[:published]
+
+
 def test_never_two_at_once(make: Make, gate: threading.Event) -> None:
     with make() as saver:
         saver.save(1, state_of(1.0))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,6 +42,7 @@ CONFIG = TrainConfig(
     checkpoint_every=2, monitor_every=5,
 )  # fmt: skip
 TERMINATED = 143
+SAVING = "saving"
 Start = Callable[..., BaseProcess]
 
 
@@ -60,12 +62,13 @@ class RandomRows:
 def run_in(folder: Path, pause: float = 0.0, at: int | None = None, **changes: Any) -> None:
     """Train in `folder` from wherever it is; each save takes `pause` seconds longer, half of them before the manifest.
 
-    Exits as the command line does.
+    A save names its process in the file `saving` when it has its draft. Exits as the command line does.
     """
     torch.set_num_threads(1)
     write = checkpoint.write_tensors
 
     def slow(draft: Path, tensors: dict[str, Any]) -> None:
+        (folder / SAVING).write_text(str(os.getpid()))
         time.sleep(pause / 2)
         write(draft, tensors)
         time.sleep(pause / 2)
@@ -116,6 +119,12 @@ def draft(folder: Path) -> Path | None:
     return next((folder / "checkpoints").glob("step_*.tmp"), None)
 
 
+def saving(folder: Path, process: BaseProcess) -> bool:
+    """Has this process begun a save, so that a draft, if there is one, is its own and not one of its forerunners'?"""
+    mark = folder / SAVING
+    return mark.is_file() and mark.read_text() == str(process.pid)
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_metrics(folder / "metrics.jsonl")]
 
@@ -130,28 +139,29 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_ends_like(folder: Path, unbroken: Path) -> None:
     assert losses(folder) == losses(unbroken)
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
-    _, ours = checkpoint.take_apart(checkpoint.load(folder / "checkpoints" / f"step_{STEPS}"))
-    _, theirs = checkpoint.take_apart(checkpoint.load(unbroken / "checkpoints" / f"step_{STEPS}"))
+    plain, ours = checkpoint.take_apart(checkpoint.load(folder / "checkpoints" / f"step_{STEPS}"))
+    expected, theirs = checkpoint.take_apart(checkpoint.load(unbroken / "checkpoints" / f"step_{STEPS}"))
+    assert plain == expected  # position, monitors, the optimisers' numbers
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def kill(process: BaseProcess, folder: Path) -> bool:
-    """Kill the process; check that the newest checkpoint is whole; return whether a save was under way."""
+    """Kill the process; check that the newest checkpoint is whole; return whether a save was under way.
+
+    What is left stays as it is, for the next life to cope with.
+    """
     process.kill()
     process.join()
-    restored = checkpoint.latest_state(folder / "checkpoints")
-    assert restored is None or not restored.skipped
-    left = draft(folder)
-    if left:
-        shutil.rmtree(left)  # the next life must not be judged by it
-    return left is not None
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is None or checkpoint.load(newest)
+    return saving(folder, process) and draft(folder) is not None
 
 
 def test_killed_inside_saves(tmp_path: Path, start: Start, unbroken: Path) -> None:
     for attempt in range(3):
         process = start(tmp_path, pause=0.2)
-        wait_for(lambda: draft(tmp_path), process)
+        wait_for(partial(saving, tmp_path, process), process)
         time.sleep(0.06 * attempt)  # before, in and after the writing of the tensors
         assert kill(process, tmp_path)
     run_in(tmp_path)
@@ -164,7 +174,7 @@ def test_killed_at_fifty_random_moments(tmp_path: Path, start: Start, unbroken: 
     folder = tmp_path / "run_0"
     while len(lives) < 50:
         process = start(folder, pause=0.05, checkpoint_every=1)
-        while len(lives) % 3 and process.is_alive() and not draft(folder):
+        while len(lives) % 3 and process.is_alive() and not saving(folder, process):
             time.sleep(0.001)  # two lives of three end after their first save began, the others at any moment
         process.join(moments.uniform(0.0, 0.4))
         if process.exitcode == 0:  # it was faster than the killer: start another run
@@ -271,17 +281,13 @@ def test_a_disk_that_fills_up_need_not_stop_the_run(
 def test_a_disk_without_a_byte_left_stops_at_the_log_and_loses_nothing_saved(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Path
 ) -> None:
-    no_foresight(monkeypatch)
-    rows = RandomRows.rows
-
-    def filling(loader: RandomRows, first: int, count: int) -> Batch:
-        if first == 5:
+    def filled(target: Path, size: int) -> None:
+        if target.name == "step_4":
             with suppress(OSError), open(small_disk / "other", "wb", buffering=0) as other:
                 while True:
                     other.write(b"x" * 4096)
-        return rows(loader, first, count)
 
-    monkeypatch.setattr(RandomRows, "rows", filling)
+    monkeypatch.setattr(checkpoint, "_check_space", filled)
     folder, settings = small_disk / "run", CheckpointConfig(on_full_disk="continue", background=False)
     with pytest.raises(DiskFullError, match=r"write .*metrics\.jsonl"):
         run_in(folder, monitor_every=1, checkpoints=settings)

@@ -64,7 +64,6 @@ def write(
             write_tensors(draft, tensors)
             write_text(draft / STATE, json.dumps(plain))
             write_manifest(draft, format=FORMAT, step=step, torch=torch.__version__)
-            sync_directory(draft)
             _publish(draft, target)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
