@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from step35.cli import runs
-from step35.errors import ConfigError, Step35Error
+from step35.errors import ConfigError, DataError, Step35Error
 from step35.runtime.rundir import RunDir
 
 
@@ -63,6 +63,48 @@ def test_show(root, capsys):
     assert "metrics.jsonl" in out
     command("show", str(root / "demo"))
     assert "cores" in capsys.readouterr().out
+
+
+def test_files_that_a_live_run_takes_away_meanwhile(root, capsys, monkeypatch):
+    gone = root / "demo" / "train" / "metrics.jsonl.tmp-1"
+    gone.write_text("")
+    stat = Path.stat
+
+    def racing(path: Path, **options):
+        if path == gone:
+            gone.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", racing)
+    for arguments in (["list"], ["show", "demo/train"]):
+        gone.write_text("")
+        assert command(*arguments, "--root", str(root)) == 0
+    out = capsys.readouterr().out
+    assert "demo/rl" in out
+    assert "metrics.jsonl" in out
+    assert gone.name not in out
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_a_damaged_record_is_named_and_the_rest_shown(root, capsys, content):
+    (root / "demo" / "train" / "env.json").write_text(content)
+    (root / "demo" / "train" / "summary.json").write_text(content)
+    command("show", "demo/train", "--root", str(root))
+    out = capsys.readouterr().out
+    assert "env.json is damaged" in out
+    assert "summary.json is damaged" in out
+    assert "metrics at step 5" in out
+
+
+def test_a_damaged_log_hides_no_other_run(root, capsys):
+    with open(root / "demo" / "train" / "metrics.jsonl", "a") as file:
+        file.write("nonsense\n{}\n")
+    command("list", "--root", str(root))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("demo/train" in line and "metrics.jsonl is damaged" in line for line in lines)
+    assert any("demo/rl" in line and "reward 0.25" in line for line in lines)
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 6 is not a JSON object"):
+        command("show", "demo/train", "--root", str(root))
 
 
 def test_unknown_run_is_answered_with_the_known_ones(root):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,9 @@ from pydantic import Field
 from step35.cli import charts
 from step35.cli.doctor import amount
 from step35.config.base import Config, suggest
-from step35.errors import ConfigError
+from step35.errors import ConfigError, DataError
 from step35.runtime.console import Console
-from step35.runtime.disk import disk_errors
+from step35.runtime.disk import disk_errors, read_record
 from step35.runtime.metrics import read_metrics
 
 HEADLINES = ("reward", "loss", "val_loss")
@@ -112,21 +112,27 @@ def _list(args: ListArgs, console: Console) -> None:
 
 
 def _summary(run: Path, root: Path) -> tuple[str, ...]:
-    records = read_metrics(run / "metrics.jsonl")
     name = str(run.relative_to(root)) if run != root else run.name
+    try:
+        records = read_metrics(run / "metrics.jsonl")
+        last = next((f"{key} {value:.4g}" for key in HEADLINES if (value := _last(records, key)) is not None), "")
+    except DataError:  # which `runs show` spells out
+        records, last = [], "metrics.jsonl is damaged"
     step = str(records[-1].get("step", "")) if records else ""
-    last = next((f"{key} {value:.4g}" for key in HEADLINES if (value := _last(records, key)) is not None), "")
-    files = [path for path in run.rglob("*") if path.is_file()]
-    updated = max((path.stat().st_mtime for path in files), default=run.stat().st_mtime)
-    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(updated))
-    return (
-        name,
-        _stage(run, records),
-        step,
-        last,
-        date,
-        amount(sum(path.stat().st_size for path in files), "B"),
-    )
+    found = _files(run).values()
+    updated = max((file.st_mtime for file in found), default=0.0)
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(updated)) if found else ""
+    return name, _stage(run, records), step, last, date, amount(sum(file.st_size for file in found), "B")
+
+
+def _files(run: Path) -> dict[Path, os.stat_result]:
+    """Return the files of a run; without those that a live run renames or deletes meanwhile."""
+    found = {}
+    for folder, _, names in os.walk(run):
+        for path in (Path(folder, name) for name in sorted(names)):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat()
+    return found
 
 
 def _stage(run: Path, records: list[dict[str, Any]]) -> str:
@@ -154,22 +160,26 @@ def _show(args: ShowArgs, console: Console) -> None:
     run = _resolve(args.run, args.root)
     records = read_metrics(run / "metrics.jsonl")
     events = read_metrics(run / "events.jsonl")[-8:]
-    env = run / "env.json"
-    if env.is_file():
-        console.table("environment", ["fact", "value"], list(json.loads(env.read_text(encoding="utf-8")).items()))
+    _show_record(run / "env.json", "environment", ["fact", "value"], console)
     keys = [key for key in dict.fromkeys(key for record in records for key in record) if key not in ("step", "time")]
     metrics = [(key, value) for key in keys if (value := _last(records, key)) is not None]
-    summary = run / "summary.json"
-    if summary.is_file():
-        console.table("summary", ["figure", "value"], list(json.loads(summary.read_text(encoding="utf-8")).items()))
+    _show_record(run / "summary.json", "summary", ["figure", "value"], console)
     title = f"metrics at step {records[-1].get('step')}" if records else "metrics: none yet"
     console.table(title, ["metric", "last value"], metrics)
     for event in events:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
         rest = ", ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "kind"))
         console.print(f"{date}  {event.get('kind', '')}  {rest}")
-    files = [(str(path.relative_to(run)), amount(path.stat().st_size, "B")) for path in sorted(run.rglob("*.*"))]
+    files = [(str(path.relative_to(run)), amount(file.st_size, "B")) for path, file in sorted(_files(run).items())]
     console.table("files", ["file", "size"], files)
+
+
+def _show_record(file: Path, title: str, columns: list[str], console: Console) -> None:
+    record = read_record(file)
+    if record:
+        console.table(title, columns, list(record.items()))
+    elif file.is_file():
+        console.warn(f"{file} is damaged: not a JSON object, or an empty one.")
 
 
 def _watch(args: WatchArgs, console: Console) -> int:
