@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from step35.cli import watch_feed
 from step35.cli.watch_facts import facts, status_of
 from step35.cli.watch_feed import Curve, Feed, bucket_width
 from step35.runtime.rundir import RunDir
+from step35.train.monitors.experts import expert_panels
 
 END = 2**32 - 2
 
@@ -128,12 +130,26 @@ def test_panels_are_read_from_their_place_in_the_file(run):
     feed = Feed(run.path)
     feed.poll()
     assert feed.panels(1) == {
-        "step": 10, "layers": None, "panels": {"rms": {"rows": [[1.0, 10], [0.0, None]], "low": 0.0, "high": 10.0}}
+        "step": 10, "layers": None,
+        "panels": {"rms": {"column": "expert", "rows": [[1.0, 10], [0.0, None]], "low": 0.0, "high": 10.0}},
     }  # fmt: skip
     assert feed.panels(0)["step"] == 5
     assert feed.panels(2) is None
     run.metrics.truncate_after(4)  # under our feet, before the next poll
     assert feed.panels(1) is None
+
+
+def test_every_panel_says_what_its_columns_are(tmp_path):
+    run = RunDir(tmp_path)
+    sums = {3: torch.ones(8, 5), 4: torch.ones(8, 5)}
+    run.metrics.log(1, **expert_panels(sums, groups=2))
+    feed = Feed(run.path)
+    feed.poll()
+    panels = feed.panels(0)["panels"]
+    assert {key: (panel["column"], len(panel["rows"][0])) for key, panel in panels.items()} == {
+        "expert_load": ("expert", 8), "group_load": ("EP group", 2), "expert_rms": ("expert", 8),
+        "expert_output": ("expert", 8), "expert_clip": ("expert", 8),
+    }  # fmt: skip
 
 
 def test_a_rewritten_log_is_read_anew(run):

@@ -21,6 +21,8 @@ from step35.runtime.metrics import is_panel, parse_record, scalars
 EVENTS_KEPT = 200
 LIFE = ("started", "resumed", "interrupted", "stopped", "finished")
 """Events that say whether a run goes on."""
+COLUMNS = {"group_load": "EP group"}
+"""What the columns of a panel stand for, where it is not experts."""
 CURVE_DIGITS = 6
 """Significant digits of a value, as many as `metrics.jsonl` keeps."""
 
@@ -172,8 +174,8 @@ class Feed:
     def panels(self, place: int) -> dict[str, Any] | None:
         """Return the panels of record number `place` of those that hold any; None when the file has just changed.
 
-        For each, `rows` are layers, of experts (None where not finite), and `low` and `high` are the range over all
-        steps so far. `layers` names the rows, where the record does.
+        For each, `rows` are layers, of what `column` says (None where not finite), and `low` and `high` are the range
+        over all steps so far. `layers` names the rows, where the record does.
         """
         if not 0 <= place < len(self.spots):
             return None
@@ -187,4 +189,4 @@ class Feed:
     def _panel(self, key: str, value: list[list[Any]]) -> dict[str, Any]:
         rows = [[cell if isinstance(cell, int | float) else None for cell in row] for row in value]
         low, high = (bound if math.isfinite(bound) else None for bound in self.ranges[key])
-        return {"rows": rows, "low": low, "high": high}
+        return {"column": COLUMNS.get(key, "expert"), "rows": rows, "low": low, "high": high}

@@ -1,4 +1,4 @@
-// A layer x expert panel as a heat map on a canvas, one pixel-sharp rectangle a cell.
+// A panel, layer x expert or layer x EP group, as a heat map on a canvas, one pixel-sharp rectangle a cell.
 
 import { element, number } from "./text.js";
 
@@ -34,9 +34,10 @@ export class HeatMap {
     this.canvas.addEventListener("keydown", (event) => this.key(event));
   }
 
-  // `panel` is { rows, low, high }; `shade` is "value" or "ratio" (to the layer's median).
+  // `panel` is { column, rows, low, high }; `shade` is "value" or "ratio" (to the layer's median).
   draw(panel, layers, { shade, fixed }) {
     this.layers = layers;
+    this.column = panel.column;
     this.raw = panel.rows;
     this.ratio = shade === "ratio";
     this.rows = this.ratio ? panel.rows.map(overMedian) : panel.rows;
@@ -67,8 +68,8 @@ export class HeatMap {
     this.cell = cell;
     const [y, x] = cell ?? [];
     const value = cell && this.rows[y]?.[x];
-    const where = cell && `layer ${this.layers?.[y] ?? `${y + 1} of those with experts`}, expert ${x}`;
-    this.caption.textContent = value === undefined || !cell ? `${this.rows.length} layers × ${this.rows[0].length} experts`
+    const where = cell && `layer ${this.layers?.[y] ?? `${y + 1} of those with experts`}, ${this.column} ${x}`;
+    this.caption.textContent = value === undefined || !cell ? `${this.rows.length} layers × ${this.rows[0].length} ${this.column}s`
       : `${where}: ${number(this.raw[y][x])}${this.ratio ? ` (×${number(value)} of the median)` : ""}`;
     this.canvas.setAttribute("aria-label", `${this.name}: ${this.caption.textContent}`);
   }
