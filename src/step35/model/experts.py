@@ -64,7 +64,8 @@ class Experts(nn.Module):
             expert_R = chosen_NK.flatten()[order_R]
             observe(RoutedRows(expert_R, order_R // top_k, hidden.detach(), active.detach(), out_RD.detach()))
         out_NKD = Permutation.apply(out_RD, place_R, order_R).unflatten(0, chosen_NK.shape)
-        return torch.einsum("nkd,nk->nd", out_NKD, weights_NK.to(x_ND.dtype))
+        # A sum of products, since einsum makes N tiny matrix products of it: 3 times slower at 512 columns on a CPU.
+        return (out_NKD * weights_NK.to(x_ND.dtype)[..., None]).sum(1)
 
     def dense(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """Run every expert and weigh the idle ones by 0: reads each matrix once, where `gathered` copies it first."""
