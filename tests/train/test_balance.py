@@ -66,3 +66,12 @@ def test_padding_is_no_load() -> None:
     assert torch.equal(found.experts_NK, record.experts_NK[kept])
     assert torch.equal(found.probabilities_NE, record.probabilities_NE[kept])
     assert without_padding([record], torch.zeros(2, 3)) == [record]
+
+
+def test_a_micro_batch_of_padding_alone_has_no_balance_loss() -> None:
+    record = routing(tokens=4)
+    [empty] = without_padding([record], torch.full((1, 4), -1))
+    loss = group_balance_loss(empty, 3)
+    loss.backward()
+    assert float(loss) == 0
+    assert record.probabilities_NE.grad is None or record.probabilities_NE.grad.isfinite().all()

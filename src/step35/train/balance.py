@@ -30,12 +30,12 @@ def group_balance_loss(routing: Routing, groups: int) -> Tensor:
     """Return G * sum_g f_g p_g (eq. 1): 1 when the groups share load and probability evenly.
 
     f_g is the share of choices and p_g the mean routing probability of the group's experts. The sigmoid scores are
-    normalised over the experts first, so that p sums to 1 as f does.
+    normalised over the experts first, so that p sums to 1 as f does. 0 without tokens.
     """
     probabilities_NE = routing.probabilities_NE / routing.probabilities_NE.sum(-1, keepdim=True)
-    f_E = expert_counts(routing).float() / routing.experts_NK.numel()
+    f_E = expert_counts(routing).float() / max(1, routing.experts_NK.numel())
     f_G = f_E.view(groups, -1).sum(-1)
-    p_G = probabilities_NE.mean(0).view(groups, -1).sum(-1)
+    p_G = (probabilities_NE.sum(0) / max(1, len(probabilities_NE))).view(groups, -1).sum(-1)
     return groups * (f_G * p_G).sum()
 
 
