@@ -69,8 +69,10 @@ def test_runs_and_the_newest_stage(get):
 
 
 def test_curves_and_facts(get):
-    _, body, _ = get("/api/curves?run=demo/train&keys=loss,nothing&first=2&last=3")
-    assert body == {"loss": {"first": [2, 3], "mean": [2.0, 3.0], "bad": []}}
+    for filter in ("loss", "LOS", ""):
+        _, body, _ = get(f"/api/curves?run=demo/train&filter={filter}&first=2&last=3")
+        assert body == {"loss": {"first": [2, 3], "mean": [2.0, 3.0], "bad": []}}
+    assert get("/api/curves?run=demo/train&filter=nothing")[1] == {}
     _, body, _ = get("/api/facts?run=alone")
     assert (body["step"], body["last"]) == (2, {"loss": 2.0})
     assert get("/api/panels?run=alone")[1] is None
@@ -89,7 +91,7 @@ def test_an_answer_that_has_not_changed_is_not_sent_again(get, root):
     "path",
     [
         "/api/facts?run=../secret", "/api/facts?run=demo/../../secret", "/api/facts?run=%2e%2e%2fsecret", "/api/facts",
-        "/api/curves?run=/etc&keys=loss", "/api/panels?run=..", "/../secret/metrics.jsonl", "/..%2f..%2fetc/passwd",
+        "/api/curves?run=/etc&filter=loss", "/api/panels?run=..", "/../secret/metrics.jsonl", "/..%2f..%2fetc/passwd",
         "/watch/../index.html", "//etc/passwd", "/metrics.jsonl", "/demo/train/metrics.jsonl", "/api/nothing",
     ],
 )  # fmt: skip

@@ -267,6 +267,18 @@ def test_curves_can_be_read_zoomed_smoothed_and_compared(look, finished):
     page.change("#filter", "")
 
 
+def test_thousands_of_curves(look, tmp_path):
+    run = RunDir(tmp_path / "runs" / "many")
+    for step in (1, 2, 3):
+        run.metrics.log(step, loss=1.0, micro_loss=[2.0] * 3000, micro_norm=[3.0] * 3000)
+    page = look(run.path)
+    page.wait("document.querySelectorAll('#charts figure').length === 3")
+    assert page.evaluate("document.querySelectorAll('[data-family=micro_norm] .line').length") == 3000
+    page.change("#filter", "Norm")
+    page.wait("document.querySelectorAll('#charts figure').length === 1")
+    page.change("#filter", "")
+
+
 def test_heat_maps_have_a_slider_and_a_read_out(look, finished):
     page = look(finished)
     page.wait("document.querySelector('[data-panel=expert_rms] canvas')?.width === 8")

@@ -46,7 +46,7 @@ async function update(lookForRuns) {
   Object.assign(state, { facts: facts.body, stale: false });
   if (changed) {
     showFacts(state.facts);
-    const curves = await fetchCurves(name, state.facts);
+    const curves = await fetchCurves(name);
     if (name !== state.name) return true;
     state.curves = curves;
     drawCharts();
@@ -105,25 +105,20 @@ function fillOthers() {
 // Fetches what a compared run has that is new; returns whether there was anything.
 async function updateCompared(name, always = false) {
   const other = state.compared.get(name);
-  const { changed, body } = await fetchJson("api/facts", { run: name });
+  const { changed } = await fetchJson("api/facts", { run: name });
   if (!changed && other.curves && !always) return false;
-  other.curves = await fetchCurves(name, body);
+  other.curves = await fetchCurves(name);
   return true;
 }
 
-async function fetchCurves(run, facts) {
-  const keys = Object.keys(facts.last).filter(matches).join(",");
-  if (!keys) return {};
+async function fetchCurves(run) {
   const [first, last] = state.view;
-  return (await fetchJson("api/curves", { run, keys, first: first ?? 0, last: last ?? LAST_STEP })).body;
-}
-
-function matches(key) {
-  return key.toLowerCase().includes(by("filter").value.trim().toLowerCase());
+  const filter = by("filter").value.trim();
+  return (await fetchJson("api/curves", { run, filter, first: first ?? 0, last: last ?? LAST_STEP })).body;
 }
 
 async function refetch() {
-  state.curves = await fetchCurves(state.name, state.facts);
+  state.curves = await fetchCurves(state.name);
   await Promise.all([...state.compared.keys()].map((name) => updateCompared(name, true)));
   drawCharts();
 }
