@@ -166,7 +166,9 @@ def write(run: RunDir, first: int, last: int) -> None:
             "moe_layers": [3, 4],
         }
         extra = panel if step % 2 == 0 else {}
-        run.metrics.log(step, loss=8.0 / step, mtp_loss=[2.0, 3.0], tokens_per_s=1234.5, **extra)
+        run.metrics.log(
+            step, loss=8.0 / step, mtp_loss=[2.0, 3.0], tokens_per_s=1234.5, tokens=2_415_919_000 + step, **extra
+        )
 
 
 @pytest.fixture
@@ -183,14 +185,15 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_finished_run(look, finished):
     page = look(finished)
-    page.wait("document.querySelectorAll('#charts figure').length === 5")
+    page.wait("document.querySelectorAll('#charts figure').length === 6")
     assert page.text("#status").startswith("finished")
     assert page.text("[data-fact=step] b") == "40 of 40"
     assert page.text("[data-fact=loss] b") == "0.2"
+    assert page.text("[data-fact=tokens] b") == "2,415,919,040"
     assert page.text("[data-fact=checkpoints] b") == "40"
     assert page.text("#alarms") == "none"
     families = page.evaluate("[...document.querySelectorAll('#charts figure')].map((f) => f.dataset.family)")
-    assert families == ["loss", "mtp_loss", "tokens_per_s", "expert_rms", "group_load"]
+    assert families == ["loss", "mtp_loss", "tokens_per_s", "expert_rms", "group_load", "tokens"]
     assert page.evaluate("document.querySelectorAll('[data-family=mtp_loss] .line').length") == 2
     assert "0.2 at 40" in page.text("[data-family=loss] figcaption")
     assert "<script>throw 1</script>" in page.evaluate("document.getElementById('settings').textContent")
@@ -226,7 +229,7 @@ def test_curves_can_be_read_zoomed_smoothed_and_compared(look, finished):
     write(other, 1, 20)
     page = look(finished)
     chart = "[data-family=loss] svg"
-    page.wait("document.querySelectorAll('#charts figure').length === 5")
+    page.wait("document.querySelectorAll('#charts figure').length === 6")
     page.press(chart, "Home")
     assert "8 at 1" in page.text("[data-family=loss] figcaption")
     page.press(chart, "ArrowRight")
@@ -311,7 +314,7 @@ def test_a_demo_shows_its_newest_stage_and_the_others_on_request(look, finished)
 
 def test_the_page_says_when_the_server_is_gone_and_recovers(look, finished):
     page = look(finished)
-    page.wait("document.querySelectorAll('#charts figure').length === 5")
+    page.wait("document.querySelectorAll('#charts figure').length === 6")
     page.evaluate("window.realFetch = fetch; window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
     page.wait("document.getElementById('notice').textContent.startsWith('no answer')")
     page.evaluate("window.fetch = window.realFetch")
@@ -325,7 +328,7 @@ def test_a_telephone_and_both_colour_schemes(look, finished, scheme):
     page = look(finished)
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    page.wait("document.querySelectorAll('#charts figure').length === 5")
+    page.wait("document.querySelectorAll('#charts figure').length === 6")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     red = page.evaluate("Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])")
     assert red > 200 if scheme == "light" else red < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_facts(run):
     assert found["last"] == {"loss": 0.1, "rms/min": 0, "rms/median": 1, "rms/max": 10}
     assert found["panel_records"] == 2
     assert found["bad_lines"] == 0
+
+
+def test_the_last_value_is_not_rounded(tmp_path):
+    run = RunDir(tmp_path)
+    run.metrics.log(1, tokens=2_415_919_104, loss=0.1, bad=math.nan)
+    feed = Feed(run.path)
+    feed.poll()
+    assert facts(feed)["last"] == {"tokens": 2_415_919_104, "loss": 0.1, "bad": "nan"}
 
 
 def test_pace_and_time_left_follow_the_latest_records(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -49,7 +50,7 @@ def facts(feed: Feed, now: float | None = None) -> dict[str, Any]:
         "behind_bytes": feed.behind_bytes,
         "bad_lines": feed.bad_lines,
         "checkpoints": checkpoints(feed.run),
-        "last": {key: _finite(curve.values[-1]) for key, curve in feed.curves.items()},
+        "last": {key: _finite(curve.last) for key, curve in feed.curves.items()},
         "panel_records": len(feed.spots),
         "alarms": list(feed.alarms),
         "alarm_counts": dict(feed.alarm_counts),
@@ -104,4 +105,4 @@ def modified(path: Path) -> float:
 
 
 def _finite(value: float) -> float | str:
-    return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
+    return value if math.isfinite(value) else str(value)

@@ -33,10 +33,13 @@ class Curve:
     def __init__(self) -> None:
         # float32 holds the 6 digits that the log keeps, at half the memory; what is beyond it counts as infinite.
         self.steps, self.values = array("I"), array("f")
+        self.last = math.nan
+        """The newest value as the log has it: a count such as `tokens` has more than 6 digits."""
 
     def add(self, step: int, value: float) -> None:
         self.steps.append(step)
         self.values.append(value)
+        self.last = value
 
     def window(self, first: int, last: int, points: int) -> dict[str, Any]:
         """Return the steps from `first` to `last` in at most `points` buckets, see `buckets`."""
