@@ -65,6 +65,16 @@ def test_a_second_run_measures_nothing_again(tmp_path: Path, micro_checkpoint: P
     assert measured == ["greedy", "sampled", "speed"]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_damaged_result_is_measured_again(
+    tmp_path: Path, micro_checkpoint: Path, measured: list[str], content: str
+) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "eval.json").write_text(content)
+    evaluate(micro_checkpoint, tmp_path / "eval")
+    assert measured == ["greedy", "sampled", "speed"]
+
+
 def test_other_settings_measure_afresh(tmp_path: Path, micro_checkpoint: Path, measured: list[str]) -> None:
     evaluate(micro_checkpoint, tmp_path / "eval")
     found = evaluate(micro_checkpoint, tmp_path / "eval", "--seed", "1")

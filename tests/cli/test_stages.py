@@ -58,6 +58,27 @@ def test_a_stage_refuses_other_content_at_the_same_place(tmp_path: Path) -> None
         stage(run, settings, lambda: {"made": 2}, Console(), text=source)
 
 
+DAMAGE = ["", '{"made', "[1]", "null", "5"]
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_done_file_is_none(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "done.json").write_text(content)
+    assert stage(run, EvalConfig(), lambda: {"made": 1}, Console())["made"] == 1
+    assert "done.json is damaged" in capsys.readouterr().out
+    assert stage(run, EvalConfig(), lambda: {"made": 2}, Console())["made"] == 1
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_damaged_inputs_are_named(tmp_path: Path, content: str) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"inputs\.json is damaged.* delete that file if it was preset=small"):
+        stage(run, EvalConfig(), lambda: {"made": 1}, Console(), preset="small")
+    assert not (tmp_path / "done.json").exists()
+
+
 def test_a_model_is_on_the_disk_before_it_is_published(
     micro_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

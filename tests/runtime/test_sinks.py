@@ -137,6 +137,17 @@ def test_a_tracker_that_fails_on_a_full_disk_does_not_stop_the_run(tmp_path, app
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "null", "5", "[1]", '{"json": 5}', '{"json": {"name": 1, "step": "x"}}', '{"json": {"name": "a"}}'],
+)
+def test_a_damaged_cursor_is_none(tmp_path, appending, content):
+    (tmp_path / "track.json").write_text(content)
+    assert session(tmp_path, "json", 0, 3) == []
+    assert [step for _, step in appending.shown] == [1, 2, 3]
+    assert json.loads((tmp_path / "track.json").read_text())["json"] == {"name": appending.shown[0][0], "step": 3}
+
+
 def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path, appending, monkeypatch):
     monkeypatch.setattr(appending, "__init__", lambda self, *args: 1 / 0)
     [warning] = session(tmp_path, "json", 0, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from step35.evals.accuracy import accuracy
 from step35.evals.speed import acceptance, compare
 from step35.runtime.console import Console
 from step35.runtime.device import set_threads
-from step35.runtime.disk import fingerprint
+from step35.runtime.disk import fingerprint, read_record
 from step35.runtime.rundir import RunDir
 
 TRANSCRIPTS = 6
@@ -27,7 +26,7 @@ def evaluate(run: RunDir, models: Mapping[str, Path], config: EvalConfig, consol
     """Measure every model; the last one's decode speed too. Parts that `eval.json` already holds are kept."""
     file = run.path / "eval.json"
     settings = config.model_dump(mode="json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_record(file)
     if found.get("settings") != settings or "checkpoints" not in found:
         found = {"settings": settings, "checkpoints": {}, "accuracy": [], "accept_by_depth": {}, "transcripts": []}
     for name, folder in models.items():

@@ -6,7 +6,6 @@ released layout, where the next stage finds it.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -43,7 +42,7 @@ from step35.post.rl.loop import reinforce
 from step35.post.sft import Conversation, fine_tune, read_conversations, write_conversations
 from step35.runtime.console import Console
 from step35.runtime.device import reuse_memory
-from step35.runtime.disk import fingerprint, sync_directory
+from step35.runtime.disk import fingerprint, read_record, sync_directory
 from step35.runtime.lock import locked
 from step35.runtime.rundir import RunDir
 from step35.runtime.seeding import generator
@@ -81,8 +80,10 @@ def _stage(
     run.check_config(settings)
     check_inputs(run, inputs)
     finished = run.path / DONE
+    if done := read_record(finished):
+        return done
     if finished.is_file():
-        return dict(json.loads(finished.read_text(encoding="utf-8")))
+        console.warn(f"{finished} is damaged: the end of the stage is done again, from its newest checkpoint.")
     run.write_config(settings)
     run.write_env()
     run.events.event("started")
@@ -104,7 +105,12 @@ def check_inputs(run: RunDir, inputs: Mapping[str, str | Path]) -> None:
     found = {k: os.path.relpath(v, run.path) if isinstance(v, Path) else v for k, v in inputs.items()}
     found |= {f"content of {k}": fingerprint(v) for k, v in inputs.items() if isinstance(v, Path)}
     file = run.path / "inputs.json"
-    former = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
+    former = read_record(file) if file.is_file() else found
+    if found and not former:
+        raise ConfigError(
+            f"{file} is damaged, so nobody can tell what {run.path} was started from; delete that file if it was "
+            f"{', '.join(f'{k}={v}' for k, v in inputs.items())}, or use another --out."
+        )
     for name, value in found.items():
         if former.get(name) != value:
             raise ConfigError(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from step35.errors import DiskFullError, Step35Error
+from step35.runtime.disk import read_record
 from step35.runtime.metrics import read_metrics, scalars
 from step35.runtime.rundir import RunDir
 
@@ -131,9 +132,9 @@ class Tracker:
     def __init__(self, kind: str, run: RunDir, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
         self.kind, self.run, self.settings, self.warn = kind, run, settings, warn
         self.failed = False
-        cursor = _cursors(run.path).get(kind, {})
-        self.name = str(cursor.get("name") or _fresh_name(run.path))
-        self.sent = int(cursor.get("step", 0))
+        # A cursor that makes no sense is none: the tracker gets the whole history, under a new name.
+        name, step = _cursor(run.path, kind)
+        self.name, self.sent = name or _fresh_name(run.path), step
 
     def open(self) -> None:
         """Begin a session of the sink."""
@@ -170,7 +171,7 @@ class Tracker:
         self.sent = step
         path = self.run.path / CURSORS
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps({**_cursors(self.run.path), self.kind: {"name": self.name, "step": step}}))
+        draft.write_text(json.dumps({**read_record(path), self.kind: {"name": self.name, "step": step}}))
         os.replace(draft, path)  # not flushed to the disk: after a power cut some steps are sent again, no more
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -211,11 +212,12 @@ def _require(kind: str) -> None:
         raise Step35Error(f'--track {kind} needs {kind}, which is not installed: pip install "step35[{extra}]"')
 
 
-def _cursors(run: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run / CURSORS).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
-        return {}
+def _cursor(run: Path, kind: str) -> tuple[str, int]:
+    """Return the name under which a tracker knows the run and the last step it was given; "" and 0 at first."""
+    match read_record(run / CURSORS).get(kind):
+        case {"name": str(name), "step": int(step)}:
+            return name, step
+    return "", 0
 
 
 def _fresh_name(run: Path) -> str:
