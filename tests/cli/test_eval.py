@@ -12,6 +12,7 @@ import pytest
 from step35.cli import evaluation
 from step35.cli import main as cli
 from step35.model.weights import load_model, save_model
+from step35.runtime.lock import locked
 
 FLAGS = ["--problems", "3", "--samples", "2", "--speed-prompts", "1", "--max-turns", "1", "--max-turn-tokens", "4"]
 
@@ -73,6 +74,19 @@ def test_a_damaged_result_is_measured_again(
     (tmp_path / "eval" / "eval.json").write_text(content)
     evaluate(micro_checkpoint, tmp_path / "eval")
     assert measured == ["greedy", "sampled", "speed"]
+
+
+def test_only_one_at_a_time(
+    tmp_path: Path, micro_checkpoint: Path, measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "eval"
+    out.mkdir()
+    with locked(out):
+        assert cli.main(["eval", str(micro_checkpoint), "--out", str(out), *FLAGS]) == 75
+        assert f"{out} is being written by process" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    assert measured == []
+    evaluate(micro_checkpoint, out)
 
 
 def test_other_settings_measure_afresh(tmp_path: Path, micro_checkpoint: Path, measured: list[str]) -> None:

@@ -22,11 +22,12 @@ class Args(EvalConfig):
 
 
 def main(args: Args) -> int:
-    """Measure and print a table."""
+    """Measure and print a table. Raises `RunLockedError` when another process is writing the run directory."""
     from step35.cli.dry_run import show_settings
     from step35.cli.evaluation import evaluate
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
+    from step35.runtime.lock import locked
     from step35.runtime.rundir import RunDir
 
     if args.dry_run:
@@ -34,11 +35,12 @@ def main(args: Args) -> int:
         return 0
     set_threads()
     run = RunDir(args.out)
-    run.write_env()
     console = Console(run.path / "console.log")
     config = EvalConfig.model_validate(args.model_dump(include=set(EvalConfig.model_fields)))
     name = str(args.path.resolve())
-    found = evaluate(run, {name: args.path}, config, console)
+    with locked(run.path):
+        run.write_env()
+        found = evaluate(run, {name: args.path}, config, console)
     rows = [
         (f"pass@1, {r['mode']}", f"{r['accuracy']:.1%}", f"{r['low']:.1%} to {r['high']:.1%}")
         for r in found["accuracy"]
