@@ -6,12 +6,16 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from step35.api.messages import Message
+from step35.cli import stages
 from step35.cli.stages import publish, stage, synthesise
+from step35.config.data import PrepareConfig
 from step35.config.post import EvalConfig, SFTConfig
+from step35.data.lines import BadLines, total
 from step35.data.tokenizer import load_tokenizer
 from step35.errors import ConfigError
 from step35.model.weights import load_model
@@ -45,6 +49,19 @@ def test_demonstrations_keep_to_their_phrasings_and_the_seed() -> None:
 def test_no_follow_ups_when_none_are_asked_for() -> None:
     made = synthesise(SFTConfig(conversations=50, follow_ups=0.0), Console())
     assert all(len(questions(c.messages)) == 1 for c in made)
+
+
+def test_all_that_is_left_out_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = BadLines()
+    bad.leave_out("binary.md", "contains null")
+    for number in range(1, 1235):
+        bad.add(tmp_path / "rows.jsonl", number, "not JSON")
+    data = SimpleNamespace(record={"sources": total([bad.record()])})
+    monkeypatch.setattr(stages, "prepare", lambda *given, **named: data)
+    stages.prepare_data(tmp_path, PrepareConfig(), Console(), context=64)
+    assert "files left out: 1, lines that cannot be used: 1,234, such as " in capsys.readouterr().out
 
 
 def test_a_stage_refuses_other_content_at_the_same_place(tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ def prepare_data(out: Path, config: PrepareConfig, console: Console, *, context:
             before = done
 
         data = prepare(out, config, progress, context=context, tokenizer_texts=_chat_samples(config.seed))
-    skipped = data.record["sources"]["skipped"]
-    if skipped:
+    found = data.record["sources"]
+    if found["skipped"]:
         console.warn(
-            f"{len(skipped)} unreadable files or lines left out, such as {skipped[0]}; see {out / 'prepare.json'}"
+            f"files left out: {found['files_left_out']:,}, lines that cannot be used: {found['bad_lines']:,}, "
+            f"such as {found['skipped'][0]}; see {out / 'prepare.json'}"
         )
     return data
 
