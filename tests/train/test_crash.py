@@ -257,7 +257,7 @@ def no_foresight(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_that_fills_up_stops_the_run(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_foresight(monkeypatch)
     with pytest.raises(DiskFullError, match=r"No space left to write .*step_4"):
-        run_in(small_disk, checkpoints=CheckpointConfig(keep=1))
+        run_in(small_disk, checkpoints=CheckpointConfig(keep=1, background=False))  # the log needs room, too
     restored = checkpoint.latest_state(small_disk / "checkpoints")
     assert restored is not None
     assert (restored.path.name, restored.skipped) == ("step_2", {})
