@@ -33,7 +33,7 @@ from step35.runtime import checkpoint
 from step35.runtime.console import Console
 from step35.runtime.device import reuse_memory, set_threads
 from step35.runtime.machine import environment
-from step35.runtime.manifest import verify
+from step35.runtime.manifest import read_manifest, verify
 from step35.runtime.rundir import RunDir
 from step35.runtime.saver import Saver
 from step35.runtime.state import take_apart
@@ -112,7 +112,7 @@ def transfer(state: dict[str, Any], folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     path = checkpoint.save(folder / "transfer", 1, state)
     written = time.perf_counter()
-    verify(path)
+    verify(path, read_manifest(path))
     verified = time.perf_counter()
     checkpoint.load(path)
     return {"write": written - start, "verify": verified - written, "load": time.perf_counter() - verified}
