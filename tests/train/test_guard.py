@@ -343,7 +343,7 @@ def test_unreadable_rows_stop_with_the_file_or_are_left_out(start: Callable[...,
     assert stopped["kind"] == "stopped"
     _, loader = start({9: error}, "skipped", bad_data=DataAlarmConfig(action="skip"))
     alarm, left_out = events(tmp_path / "skipped")
-    assert (alarm["alarm"], alarm["value"], alarm["where"]) == ("bad_data", 1, "rows 9")
+    assert (alarm["alarm"], alarm["value"], alarm["where"]) == ("bad_data", 1, "rows 9 to 9")
     assert (left_out["kind"], left_out["step"], left_out["rows"]) == ("rows_left_out", 4, [9])
     assert loader.read == [0, 2, 4, 6, 8, 8, 9, 10, 11, 13, 15]  # row 10 in place of row 9
     assert steps(tmp_path / "skipped") == list(range(1, 9))

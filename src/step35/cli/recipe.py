@@ -98,11 +98,10 @@ def run_stage(
         model = Step35(shape)
         initialise(model, generator(recipe.seed, "init"))
         begun = checkpoint.latest(run.checkpoints) is not None
-        start = _final_state(former, recipe) if former and not begun else None
-        loader = _loader(recipe, stage, config, data, read, console)
+        start = None if begun or former is None else _final_state(former, recipe, before=stage)
+        loader, held_back = _loader(recipe, stage, config, data, read, console), validation_rows(data, config)
         found = stages.fit(
-            model.to(pick_device("auto")), Prefetch(loader), validation_rows(data, config), data.tokenizer, config,
-            run, console,
+            model.to(pick_device("auto")), Prefetch(loader), held_back, data.tokenizer, config, run, console,
             name=stage.name, validation_pass=max(1, VALIDATION_PASS_TOKENS // config.context), start=start,
         )  # fmt: skip
         if isinstance(loader, MixtureLoader):
@@ -128,13 +127,12 @@ def architecture(recipe: RecipeConfig, stage: StageConfig, vocab_size: int) -> M
     return shape
 
 
-def _final_state(former: RunDir, recipe: RecipeConfig) -> dict[str, Any]:
-    """Return the final state of the stage before, from which training starts. Raises `CheckpointError`."""
+def _final_state(former: RunDir, recipe: RecipeConfig, *, before: StageConfig) -> dict[str, Any]:
+    """Return the final state of the stage before `before`, which ran in `former`. Raises `CheckpointError`."""
     restored = checkpoint.latest_state(former.checkpoints)
-    number = int(former.path.name.split("-")[0])
-    last = recipe.training(recipe.stages[number - 1]).steps
+    last = recipe.training(recipe.stages[recipe.stages.index(before) - 1]).steps
     if restored is None or restored.skipped or restored.state["step"] != last:
-        reason = "\n".join(restored.skipped.values()) if restored else ""
+        reason = " ".join(restored.skipped.values()) + " " if restored else ""
         raise CheckpointError(
             f"{former.checkpoints} has no whole checkpoint of the stage's last step, {last}, to go on from. {reason}"
             f"Put it back, or delete {former.path} to train that stage again."

@@ -6,6 +6,7 @@ the row alone, and a rollback takes the step back while the row goes on past the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -80,35 +81,40 @@ class Guard:
         try:
             batch = self._read(loader, at.row, count)
         except DataError as error:
+            if self.config.stability.bad_data.action == "stop":
+                self._refuse(range(at.row, at.row + count), error)
             return self._readable_rows(loader, count, error)
         at.row += count
         return batch
 
-    def _readable_rows(self, loader: Loader, count: int, first_error: DataError) -> Batch:
+    def _readable_rows(self, loader: Loader, count: int, error: DataError) -> Batch:
         """Take the next `count` rows that can be read, one by one; tell which were left out."""
-        at, stability = self.at, self.config.stability
+        at, row = self.at, self.at.row
         found: list[Batch] = []
         left_out: list[int] = []
-        row, stopping = at.row, stability.bad_data.action == "stop"
-        while len(found) < count and not stopping:
+        while len(found) < count:
             try:
                 found.append(self._read(loader, row, 1))
             except DataError:
                 left_out.append(row)
-                stopping = len(left_out) > stability.max_skips * count
+                if len(left_out) > self.config.stability.max_skips * count:
+                    self._refuse(left_out, error)
             row += 1
-        where = f"rows {', '.join(map(str, left_out))}" if left_out else f"rows {at.row} to {at.row + count - 1}"
-        alarm = Alarm(
-            BAD_DATA.name, at.step, len(left_out) or count, 0, where, str(first_error), BAD_DATA.remedy,
-            stability.bad_data.action,
-        )  # fmt: skip
-        self._tell(alarm)
-        if stopping:
-            self.run.events.event("stopped", step=at.step, alarm=alarm.alarm, reason=str(first_error))
-            raise first_error
-        self.run.events.event("rows_left_out", step=at.step, rows=left_out)
+        if left_out:
+            self._tell_bad_data(left_out, error)
+            self.run.events.event("rows_left_out", step=at.step, rows=left_out)
         at.row = row
         return Batch(*(np.concatenate(columns) for columns in zip(*map(_columns, found), strict=True)))
+
+    def _refuse(self, rows: Sequence[int], error: DataError) -> NoReturn:
+        """Stop with the error itself, which names the file."""
+        self._tell_bad_data(rows, error)
+        self.run.events.event("stopped", step=self.at.step, alarm=BAD_DATA.name, reason=str(error))
+        raise error
+
+    def _tell_bad_data(self, rows: Sequence[int], error: DataError) -> None:
+        where, action = f"rows {rows[0]} to {rows[-1]}", self.config.stability.bad_data.action
+        self._tell(Alarm(BAD_DATA.name, self.at.step, len(rows), 0, where, str(error), BAD_DATA.remedy, action))
 
     def _read(self, loader: Loader, first: int, count: int) -> Batch:
         batch = loader.rows(first, count)
