@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -81,8 +82,9 @@ def sampled_logit_max(layer: LayerConfig, context: Context, q_BTHC: Tensor, k_BT
     q_BKSGC = q_BTHC[:, rows_S].reshape(len(q_BTHC), sampled, layer.kv_heads, -1, layer.head_dim).transpose(1, 2)
     k_BKTC = k_BTKC.transpose(1, 2).contiguous()  # one copy; a product with the view copies far more slowly
     logits: Tensor = (q_BKSGC.flatten(2, 3) @ k_BKTC.mT).view(*q_BKSGC.shape[:-1], -1).float()
-    seen_BST = context.seen_from(rows_S, layer.window)[::EVERY]
-    return (logits + seen_BST[:, None, :, None]).amax() / layer.head_dim**0.5
+    visible_BST = context.seen_from(rows_S, layer.window)[::EVERY]
+    largest = (logits + visible_BST[:, None, :, None]).amax()
+    return largest / math.sqrt(layer.head_dim)
 
 
 def attention_metrics(layers: Mapping[int, AttentionSums]) -> tuple[dict[str, float], dict[str, str]]:
