@@ -15,7 +15,7 @@ from typing import Any
 from step35.cli import charts, page
 from step35.cli.charts import series
 from step35.errors import DataError
-from step35.runtime.disk import write_text
+from step35.runtime.disk import read_record, write_text
 from step35.runtime.metrics import read_metrics
 
 ORDER = ("train", "sft", "rl")
@@ -80,7 +80,9 @@ def build_report(run: Path) -> Path:
     """Write `run/report.html` and return its path. Raises `Step35Error` without matplotlib."""
     findings = Findings(run)
     body = [page.note(problem) for problem in findings.problems]
-    body += [page.section(title, _panel(panel, findings)) for title, panel in PANELS]
+    drawn = {title: _panel(panel, findings) for title, panel in PANELS}
+    of_recipe = "stages" in read_record(run / "config.json")  # its stages differ: what it has none of is left out
+    body += [page.section(title, content) for title, content in drawn.items() if content or not of_recipe]
     path = run / "report.html"
     write_text(path, page.document(f"step35 run {run.absolute().name}", body))
     return path
