@@ -111,7 +111,9 @@ def test_the_account_is_exact(run: Path) -> None:
     assert {name: source["tokens"] for name, source in first.items()} == {"sums": 384, "recall": 128}
     assert sum(source["tokens"] for source in second.values()) == 512
     assert set(second) == {"recall", "sums"}  # sums by replay
-    assert [read(run / f / "done.json")["rows"] for f in ("1-short", "2-long", "3-mtp")] == [16, 4, 8]
+    results = [read(run / f / "done.json") for f in ("1-short", "2-long", "3-mtp")]
+    assert [result["rows"] for result in results] == [16, 4, 8]
+    assert all(result["packing"]["filled"] == 1 and 0 <= result["packing"]["cut"] <= 1 for result in results)
 
 
 @pytest.mark.parametrize("rows", [16, 48])

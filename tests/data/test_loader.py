@@ -86,6 +86,10 @@ def test_packed_loader_serves_every_row_each_epoch() -> None:
     assert sorted(first_tokens([loader.rows(0, 5)])) == sorted(first_tokens([loader.rows(5, 5)])) == [0, 1, 2, 3, 4]
     assert first_tokens([PackedLoader(rows, 3).rows(5, 5)]) == first_tokens([loader.rows(5, 5)])
     assert loader.rows(0, 5).targets.sum() == 5 * (CONTEXT - 1)
+    assert loader.filled == 1.0
+    assert (
+        PackedLoader(pack_conversations([*samples, ([5] * 2, [True] * 2)], CONTEXT, pad_id=0)[0], 3).filled == 42 / 48
+    )
 
 
 def test_packed_loader_without_rows_is_an_error() -> None:

@@ -100,6 +100,8 @@ def run_stage(
         begun = checkpoint.latest(run.checkpoints) is not None
         start = None if begun or former is None else _final_state(former, recipe, before=stage)
         loader, held_back = _loader(recipe, stage, config, data, read, console), validation_rows(data, config)
+        packing = _packing(loader)
+        console.print(f"{stage.name}: packing: " + ", ".join(f"{name} {value:.2%}" for name, value in packing.items()))
         found = stages.fit(
             model.to(pick_device("auto")), Prefetch(loader), held_back, data.tokenizer, config, run, console,
             name=stage.name, validation_pass=max(1, VALIDATION_PASS_TOKENS // config.context), start=start,
@@ -107,7 +109,7 @@ def run_stage(
         if isinstance(loader, MixtureLoader):
             account = loader.account(found["rows"])
             run.write_json("account.json", {name: asdict(read) for name, read in account.items()})
-        return found | _compare(recipe, stage, config, former, run, data, console)
+        return found | {"packing": packing} | _compare(recipe, stage, config, former, run, data, console)
 
     own = stage.model_dump_json(exclude={"train"})  # the trainer's knobs are settings of the run
     inputs: dict[str, str | Path] = {"recipe": own, "data": data.folder}
@@ -216,6 +218,13 @@ def check_files(recipe: RecipeConfig) -> None:
                 f"stage {stage.name!r}: conversations={stage.conversations!r} is no file; give JSON lines of "
                 f'conversations, or "{CALCULATOR}" for synthesised ones.'
             )
+
+
+def _packing(loader: MixtureLoader | PackedLoader) -> dict[str, float]:
+    """Return the share of the rows that is no padding, and of a mixture's fitting documents those that were cut."""
+    return (
+        {"filled": loader.filled} if isinstance(loader, PackedLoader) else {"filled": 1.0, "cut": loader.packing().cut}
+    )
 
 
 def _conversations(

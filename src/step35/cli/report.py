@@ -194,15 +194,17 @@ def _stages(findings: Findings) -> str:
         if not result:
             continue
         accepted = [", ".join(map(page.number, result.get(f"acceptance_{name}", []))) for name in ("before", "after")]
-        rows.append((stage, *(result.get(key) for key in ("steps", "tokens", "seconds", "val_loss")), *accepted))
+        packing = [result.get("packing", {}).get(key) for key in ("filled", "cut")]
+        figures = [result.get(key) for key in ("steps", "tokens", "seconds", "val_loss")]
+        rows.append((stage, *figures, *packing, *accepted))
         for name in ("before", "after"):
             if found := result.get(f"needles_{name}"):
                 title = f"{stage}: needles found {name}, by depth (rows: {', '.join(str(r['context']) for r in found)})"
                 table = [[math.nan if part is None else part for part in r["by_depth"]] for r in found]
                 figure = charts.heat_map(title, table, xlabel="depth, eighths", ylabel="context", limits=(0.0, 1.0))
                 drawings.append(charts.svg(figure))
-    columns = ("stage", "steps", "tokens", "seconds", "validation loss", "acceptance before", "acceptance after")
-    return page.table(columns, rows) + page.charts(drawings)
+    columns = ("stage", "steps", "tokens", "seconds", "validation loss", "rows filled", "documents cut")
+    return page.table((*columns, "acceptance before", "acceptance after"), rows) + page.charts(drawings)
 
 
 def _speed(findings: Findings) -> str:
