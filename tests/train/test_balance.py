@@ -73,5 +73,5 @@ def test_a_micro_batch_of_padding_alone_has_no_balance_loss() -> None:
     [empty] = without_padding([record], torch.full((1, 4), -1))
     loss = group_balance_loss(empty, 3)
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert record.probabilities_NE.grad is None or record.probabilities_NE.grad.isfinite().all()

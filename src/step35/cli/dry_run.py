@@ -52,8 +52,7 @@ def describe_training(
         ("active for one token, embeddings, heads and MTP included", f"{active:,}"),
         ("weights, gradients and optimiser state", f"{state / 1e9:.2f} GB"),
         ("memory of this machine", f"{memory_bytes() / 1e9:.2f} GB"),
-        ("tokens", f"{tokens:,}"),
-        ("tokens of a step, at the end", f"{config.batch_rows * config.context:,}"),
+        ("tokens", f"{tokens:,} ({config.steps} steps of {config.batch_rows * config.context:,} at the end)"),
         ("training FLOPs (6 x active x tokens, without attention scores)", f"{6.0 * active * tokens:.3g}"),
     ]
     console.table("dry run", ["figure", "value"], figures)

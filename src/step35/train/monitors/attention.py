@@ -18,8 +18,8 @@ from step35.train.monitors.measure import Measure
 MEASURES = (
     Measure(
         "attention_logit_max",
-        "max of q.k / sqrt(C) over the visible keys of 4 sampled queries (the last of each quarter) of every fourth "
-        "row, all layers and heads: a sample, not the maximum of all queries",
+        "max of q.k / sqrt(C) over the visible keys of 2 sampled queries a row (the last of each half), all layers "
+        "and heads: a sample, not the maximum of all queries",
         "below 50",
         "growing logits saturate the softmax: lower `lr`, check the QK-norm weights; QK-norm bounds them (next line)",
     ),
@@ -39,10 +39,8 @@ MEASURES = (
     Measure("closed_heads", "number of (layer, head) whose mean gate is below 0.01", "0", "as above"),
 )
 
-EVERY = 4
-"""One row in so many is looked at: copying the keys of all of them cost 1% of a small model's step."""
-SAMPLED = 4
-"""Queries of such a row whose logits are computed."""
+SAMPLED = 2
+"""Queries of a row whose logits are computed: the cost is SAMPLED / T of the layer's scores."""
 CLOSED = 0.01
 
 
@@ -75,14 +73,13 @@ def attention_sums(
 
 def sampled_logit_max(layer: LayerConfig, context: Context, q_BTHC: Tensor, k_BTKC: Tensor) -> Tensor:
     """Return the largest visible logit of the sampled queries; the scores of the others never exist."""
-    q_BTHC, k_BTKC = q_BTHC[::EVERY], k_BTKC[::EVERY]
     tokens = q_BTHC.shape[1]
     sampled = min(SAMPLED, tokens)
     rows_S = torch.arange(1, sampled + 1, device=q_BTHC.device) * tokens // sampled - 1
     q_BKSGC = q_BTHC[:, rows_S].reshape(len(q_BTHC), sampled, layer.kv_heads, -1, layer.head_dim).transpose(1, 2)
     k_BKTC = k_BTKC.transpose(1, 2).contiguous()  # one copy; a product with the view copies far more slowly
     logits: Tensor = (q_BKSGC.flatten(2, 3) @ k_BKTC.mT).view(*q_BKSGC.shape[:-1], -1).float()
-    visible_BST = context.seen_from(rows_S, layer.window)[::EVERY]
+    visible_BST = context.seen_from(rows_S, layer.window)
     largest = (logits + visible_BST[:, None, :, None]).amax()
     return largest / math.sqrt(layer.head_dim)
 
