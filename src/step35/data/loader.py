@@ -47,10 +47,13 @@ class PackedLoader:
         if not rows:
             raise DataError("no packed rows: every conversation was left out; raise the context or add data.")
         self.rows_per_epoch = len(rows)
-        self.filled = float(np.mean([(row.segments >= 0).mean() for row in rows]))
-        """Share of the rows' tokens that are no padding."""
         self._rows = rows
         self._order = _EpochOrder(len(rows), seed)
+
+    @property
+    def filled(self) -> float:
+        """Share of the rows' tokens that are no padding."""
+        return float(np.mean([(row.segments >= 0).mean() for row in self._rows]))
 
     def rows(self, first: int, count: int) -> Batch:
         """Return rows `first` to `first + count - 1` of an endless sequence that the packed rows and the seed fix."""
