@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,16 +10,14 @@ import torch
 
 from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
+from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.engine import Engine
-from step35.engine.request import Request
-from step35.engine.runner import Runner
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
 EOS = (1, 3)
 PROMPTS = [[5], [6, 7, 8], list(range(4, 24)), [9, 9, 2, 9, 9, 2, 9], [0, 12]]
 """Shorter and longer than the model's window of 8."""
-PREFIX = [4, 8, 15, 16, 23, 10, 4, 7, 11, 12, 13]
 
 
 def generate(model: Step35, prompts: Sequence[Sequence[int]], params: Any, **options: Any) -> list[Completion]:
@@ -72,48 +70,42 @@ def test_a_batch_gives_what_its_prompts_give_one_by_one(model: Step35, temperatu
 
 
 @pytest.mark.parametrize("speculate", [0, 2])
-@pytest.mark.parametrize(
-    ("prompts", "common"),
-    [
-        ([[*PREFIX, 6], [*PREFIX, 7, 8, 9, 10], [*PREFIX, *range(12, 24)]], 11),
-        ([PREFIX, [*PREFIX, 5, 6, 7]], 10),  # every prompt keeps a token of its own
-        ([PREFIX, PREFIX], 10),
-        ([[4, 8, *PREFIX], [4, 9, *PREFIX, 5]], 1),  # alike again later
-        ([[5, *PREFIX], [6, *PREFIX]], 0),
-    ],
-)
+@pytest.mark.parametrize("common", [0, 15, 16, 31, 50])
 def test_a_shared_prefix_is_computed_once_and_changes_nothing(
-    model: Step35, monkeypatch: pytest.MonkeyPatch, speculate: int, prompts: list[list[int]], common: int
+    model: Step35, monkeypatch: pytest.MonkeyPatch, speculate: int, common: int
 ) -> None:
+    prompts = [[n % 23 + 4 for n in range(common)] + [5 + other] * 20 for other in range(3)]
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, speculate=speculate)
-    trunk, computed = model.trunk, []
+    expected = [generate(model, [prompt], params)[0] for prompt in prompts]
+    computed = count_rows(model, monkeypatch)
+    completions = generate(model, prompts, params)
+    assert_same(completions, expected)
+    shared = common // BLOCK_TOKENS * BLOCK_TOKENS
+    assert [c.cached_tokens for c in completions] == [0, shared, shared]
+    drafts = sum(sum(c.drafted) for c in completions)
+    rows = sum(len(p) for p in prompts) - 2 * shared + sum(len(c.token_ids) for c in completions) - len(prompts)
+    assert rows <= sum(computed) <= rows + (drafts + speculate * len(prompts)) * 2 * (speculate > 0)
+
+
+def count_rows(model: Step35, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tokens of each pass of the trunk."""
+    trunk, computed = model.trunk, list[int]()
 
     def counting(tokens_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
         computed.append(tokens_BT.numel())
         return trunk(tokens_BT, *rest)
 
     monkeypatch.setattr(model, "trunk", counting)
-    shared = generate(model, prompts, params)
-    saved = sum(computed)
-    computed.clear()
-    monkeypatch.setattr(Runner, "_common_prefix", lambda self, shortest: 0)
-    assert_same(shared, generate(model, prompts, params))
-    assert sum(computed) - saved == common * (len(prompts) - 1)
+    return computed
 
 
-def test_more_prompts_than_max_batch_run_in_waves(model: Step35, monkeypatch: pytest.MonkeyPatch) -> None:
-    waves: list[int] = []
-    run = Engine.run
-
-    def recording(self: Engine, requests: Sequence[Request]) -> Iterator[Any]:
-        waves.append(len(requests))
-        return run(self, requests)
-
+def test_more_prompts_than_max_batch_wait_for_a_place(model: Step35) -> None:
     params = SamplingParams(max_tokens=6, temperature=0.0)
-    expected = generate(model, PROMPTS, params)
-    monkeypatch.setattr(Engine, "run", recording)
-    assert_same(generate(model, PROMPTS, params, max_batch=2), expected)
-    assert waves == [2, 2, 1]
+    engine = Engine(model, EOS, max_batch=2)
+    requests = engine.create(PROMPTS, params)
+    most = max(len(engine.scheduler.running) for _ in engine.run(requests))
+    assert most == 2
+    assert_same([r.completion() for r in requests], generate(model, PROMPTS, params))
 
 
 def test_no_prompts_give_no_completions(model: Step35) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +40,14 @@ def distribution(logits: list[float], params: SamplingParams) -> list[float]:
     return [p / mass if i in kept else 0.0 for i, p in enumerate(probabilities)]
 
 
+def pick(logits_NV: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose tokens, and return the log-probabilities of these alone."""
+    tokens, logprobs_NV = choose(logits_NV, *rest)
+    return tokens, logprobs_NV.gather(1, tokens[:, None])[:, 0]
+
+
 def draw(logits: list[float], params: SamplingParams, uniforms: list[float]) -> tuple[list[int], list[float]]:
-    tokens, logprobs = choose(torch.tensor([logits]).expand(len(uniforms), -1), [params] * len(uniforms), uniforms)
+    tokens, logprobs = pick(torch.tensor([logits]).expand(len(uniforms), -1), [params] * len(uniforms), uniforms)
     return tokens.tolist(), logprobs.tolist()
 
 
@@ -74,7 +81,7 @@ def test_the_ends_of_the_unit_interval_give_possible_tokens() -> None:
 
 def test_greedy_takes_the_largest_logit_and_reports_the_unmodified_distribution() -> None:
     logits_NV = torch.randn(20, 11, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs = choose(logits_NV, [SamplingParams(temperature=0.0)] * 20, [0.999] * 20)
+    tokens, logprobs = pick(logits_NV, [SamplingParams(temperature=0.0)] * 20, [0.999] * 20)
     assert tokens.tolist() == [row.index(max(row)) for row in logits_NV.tolist()]
     expected = [max(row) - math.log(sum(map(math.exp, row))) for row in logits_NV.tolist()]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
@@ -83,8 +90,8 @@ def test_greedy_takes_the_largest_logit_and_reports_the_unmodified_distribution(
 @pytest.mark.parametrize("greedy", [SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, top_k=2)])
 def test_a_greedy_row_is_the_same_alone_and_beside_sampled_rows(greedy: SamplingParams) -> None:
     others = [SamplingParams(temperature=2.0), SamplingParams(top_p=0.5), SamplingParams(top_k=2)]
-    alone = choose(torch.tensor([LOGITS]), [greedy], [0.9])
-    mixed = choose(torch.tensor([LOGITS] * 4), [greedy, *others], [0.9] * 4)
+    alone = pick(torch.tensor([LOGITS]), [greedy], [0.9])
+    mixed = pick(torch.tensor([LOGITS] * 4), [greedy, *others], [0.9] * 4)
     assert mixed[0][0] == alone[0][0]
     assert float(mixed[1][0]) == pytest.approx(float(alone[1][0]), abs=1e-6)
 
@@ -92,8 +99,8 @@ def test_a_greedy_row_is_the_same_alone_and_beside_sampled_rows(greedy: Sampling
 def test_a_sampled_row_is_the_same_alone_and_beside_truncated_rows() -> None:
     # The second token has 2e-9 of the mass: below fp32's resolution next to 1, but not below a uniform's.
     logits, plain, unlikely = [20.0, 0.0], SamplingParams(), 1.0 - 1e-9
-    alone = choose(torch.tensor([logits]), [plain], [unlikely])
-    mixed = choose(torch.tensor([logits] * 2), [plain, SamplingParams(top_k=1)], [unlikely] * 2)
+    alone = pick(torch.tensor([logits]), [plain], [unlikely])
+    mixed = pick(torch.tensor([logits] * 2), [plain, SamplingParams(top_k=1)], [unlikely] * 2)
     assert int(alone[0][0]) == 1
     assert int(mixed[0][0]) == 1
 
@@ -101,7 +108,7 @@ def test_a_sampled_row_is_the_same_alone_and_beside_truncated_rows() -> None:
 def test_rows_have_their_own_parameters() -> None:
     params = list(CASES.values())
     uniforms = [(i + 0.5) / len(params) for i in range(len(params))]
-    tokens, logprobs = choose(torch.tensor([LOGITS] * len(params)), params, uniforms)
+    tokens, logprobs = pick(torch.tensor([LOGITS] * len(params)), params, uniforms)
     for row, (own, uniform) in enumerate(zip(params, uniforms, strict=True)):
         single = draw(LOGITS, own, [uniform])
         assert int(tokens[row]) == single[0][0]

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
 from step35.engine.engine import Engine
-from step35.engine.runner import Runner
+from step35.engine.request import Request
+from step35.engine.runner import slot
+from step35.engine.scheduler import Rows
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
@@ -109,24 +111,25 @@ def teacher_forced(model: Step35, known: list[int], depth: int) -> tuple[list[in
 def test_drafts_are_those_of_passes_over_the_whole_prefix(
     models: list[Step35], monkeypatch: pytest.MonkeyPatch, depth: int, temperature: float
 ) -> None:
-    draft, most_accepted = Runner.draft, 0
-    before: list[int] = []
+    draft, most_accepted = Engine._draft, 0
 
-    def checked(self: Runner, lengths: list[int]) -> torch.Tensor:
-        nonlocal most_accepted, before
-        known = [self.tokens_BS[row, :length].tolist() for row, length in enumerate(lengths)]
-        drafts = draft(self, lengths)
-        for row, tokens in enumerate(known):
-            expected, states = teacher_forced(self.model, tokens, depth)
-            assert drafts[row].tolist() == expected
-            for found, state_TD in zip(self.hidden[1:], states, strict=True):
-                torch.testing.assert_close(found[row, : len(state_TD)], state_TD, atol=1e-3, rtol=1e-3)
-        if len(before) == len(lengths):
-            most_accepted = max(most_accepted, *(new - old for new, old in zip(lengths, before, strict=True)))
-        before = lengths
-        return drafts
+    def checked(self: Engine, requests: list[Request]) -> None:
+        nonlocal most_accepted
+        draft(self, requests)
+        for request in requests:
+            expected, states = teacher_forced(self.model, request.tokens, depth)
+            assert request.drafts == expected
+            for k, (hidden, state_TD) in enumerate(zip(self.cache.hidden[1 : 1 + depth], states, strict=True)):
+                # What lies behind the window has been given back.
+                last = range(max(0, len(state_TD) - 8), len(state_TD))
+                rows = Rows(request, 0, request.length)
+                slots = [slot(rows, t + 1 + k, "window") for t in last]
+                torch.testing.assert_close(hidden[slots], state_TD[list(last)], atol=1e-3, rtol=1e-3)
+            most_accepted = max(most_accepted, request.length - known.get(request, request.length))
+            known[request] = request.length
 
-    monkeypatch.setattr(Runner, "draft", checked)
+    known: dict[Request, int] = {}
+    monkeypatch.setattr(Engine, "_draft", checked)
     prompts = [[*PROMPTS[2][:9], *tail] for tail in PROMPTS[:4]]
     for model in models[1:]:
         generate(model, prompts, settings_for([depth] * 4, temperature, ignore_eos=True))
@@ -137,14 +140,13 @@ def test_drafts_are_those_of_passes_over_the_whole_prefix(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_are_counted_by_depth(models: list[Step35], monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     offered: list[list[int]] = []
-    draft = Runner.draft
+    draft = Engine._draft
 
-    def recording(self: Runner, lengths: list[int]) -> torch.Tensor:
-        drafts = draft(self, lengths)
-        offered.append(drafts[0].tolist())
-        return drafts
+    def recording(self: Engine, requests: list[Request]) -> None:
+        draft(self, requests)
+        offered.extend(list(request.drafts) for request in requests)
 
-    monkeypatch.setattr(Runner, "draft", recording)
+    monkeypatch.setattr(Engine, "_draft", recording)
     engine = Engine(models[1], EOS)
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=3, ignore_eos=True, speculate=3)
     [request] = engine.create([PROMPTS[1]], params)
@@ -155,7 +157,7 @@ def test_drafts_are_counted_by_depth(models: list[Step35], monkeypatch: pytest.M
         for place, (wanted, token) in enumerate(zip(drafts, judged, strict=False)):
             drafted[place] += 1
             accepted[place] += wanted == token
-    completion = request.completion(0)
+    completion = request.completion()
     assert completion.drafted == tuple(drafted)
     assert completion.accepted == tuple(accepted)
     assert drafted[0] > accepted[0] > 0

@@ -183,7 +183,7 @@ def _generated(model: Step35, prompt: list[int], modules: int) -> tuple[list[int
         drafted += room
         accepted += min(len(new) - 1, room)
         known += len(new)
-    return list(requests[0].completion(0).token_ids), (drafted, accepted)
+    return list(requests[0].completion().token_ids), (drafted, accepted)
 
 
 @torch.no_grad()

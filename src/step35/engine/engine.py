@@ -1,4 +1,4 @@
-"""The generation loop: prefill, then rounds of draft, verify and accept until every sequence has ended.
+"""The generation loop. A pass: plan rows, draft, run the trunk once for all, choose tokens, keep what is right.
 
 Speculation changes the speed and nothing else. The trunk verifies all drafts in one pass; the token at each place
 is chosen from the trunk's logits with that place's own random number, and a draft is accepted when it is that very
@@ -8,100 +8,362 @@ acceptance rate equals that of rejection sampling (the probability the trunk giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
+from step35.data.tokenizer import Tokenizer
+from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.runner import Runner
-from step35.engine.sampling import choose
+from step35.engine.sampling import Place, adjust, choose, most_likely
+from step35.engine.scheduler import Rows, Scheduler
+from step35.engine.speculative import DepthControl
+from step35.engine.stop_text import StopText
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
+MOST_BEHIND = 64
+"""Positions by which a module that adaptive depth leaves out may lag before it is made to catch up."""
+
+InFlight = Literal["continue", "finish"]
+"""What requests in progress do when new weights arrive: go on with the new ones, or end with the old ones."""
+
+News = list[tuple[Request, list[int]]]
+"""The new tokens of each request that got any."""
+
 
 class Engine:
-    """Generates for batches of token prompts with one model on one device."""
+    """Generates for any number of requests with one model on one device. Not thread-safe; see `AsyncLLM`.
+
+    `cache_tokens` is the number of tokens whose keys and values full layers keep, for all requests together and for
+    prefixes that may come again. `max_pass_tokens` bounds the rows of a pass: long prompts are read in chunks while
+    others decode. `adaptive_depth` drafts no deeper than the acceptance so far makes worth while.
+    """
 
     def __init__(
-        self, model: Step35, eos_ids: Sequence[int], *, max_batch: int = 64, max_context: int | None = None
+        self,
+        model: Step35,
+        eos_ids: Sequence[int],
+        *,
+        tokenizer: Tokenizer | None = None,
+        max_batch: int = 64,
+        max_context: int | None = None,
+        cache_tokens: int | None = None,
+        max_pass_tokens: int = 512,
+        adaptive_depth: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.eos_ids = tuple(eos_ids)
-        self.max_batch = max_batch
         self.max_context = min(max_context or 4096, model.config.max_position_embeddings)
         self.version = 0
+        self.counters: Counter[str] = Counter()
+        weight = model.embed_tokens.weight
+        dtype = model.compute_dtype or weight.dtype
+        full, window = _block_counts(model, max_batch, self.max_context, cache_tokens, max_pass_tokens)
+        self.cache = PagedCache(model.config, full_blocks=full, window_blocks=window, dtype=dtype, device=weight.device)
+        self.runner = Runner(model, self.cache)
+        self.scheduler = Scheduler(self.cache, max_batch=max_batch, max_pass_tokens=max_pass_tokens)
+        self.depths = DepthControl(len(model.mtp)) if adaptive_depth else None
+        self._grammars: Any = None
+        self._new_weights: tuple[Mapping[str, Any], int] | None = None
+        self._weights_taken = 0
 
     def create(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        stream_text: bool = False,
     ) -> list[Request]:
-        """Return one request a prompt."""
+        """Return one request a prompt; raise `ConfigError` for what this model cannot do.
+
+        With `stream_text`, `Request.text` has the text so far, special tokens included.
+        """
         many = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        deepest = max((p.speculate for p in many), default=0)
-        if deepest > len(self.model.mtp):
-            raise ConfigError(
-                f"speculate={deepest}, but the model has {len(self.model.mtp)} MTP modules; "
-                f"choose 0 to {len(self.model.mtp)}."
-            )
-        return [Request.create(p, s, self.eos_ids, self.max_context) for p, s in zip(prompts, many, strict=True)]
+        return [self._request(p, s, stream_text) for p, s in zip(prompts, many, strict=True)]
+
+    def add(self, request: Request) -> None:
+        """Queue a request; `step` will run it."""
+        request.rekey(self._salt(request))
+        self.scheduler.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request at once, if it has not ended yet."""
+        if request.finish_reason is None:
+            request.finish_reason = "cancelled"
+            self.scheduler.finish(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._new_weights)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run the requests in waves of `max_batch`; results come in order."""
-        for start in range(0, len(requests), self.max_batch):
-            for _ in self.run(requests[start : start + self.max_batch]):
-                pass
-        return [request.completion(self.version) for request in requests]
+        """Run the requests to their ends; results come in order."""
+        for _ in self.run(requests):
+            pass
+        return [request.completion() for request in requests]
+
+    def run(self, requests: Sequence[Request]) -> Iterator[News]:
+        """Run the requests to their ends, yielding after each pass their new tokens."""
+        for request in requests:
+            self.add(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                yield self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    def update_weights(self, state: Mapping[str, Any], version: int, in_flight: InFlight = "continue") -> None:
+        """Take new weights now, or with "finish" once the requests in progress have ended with the old ones."""
+        self._new_weights = (state, version)
+        self.scheduler.admitting = False
+        if in_flight == "continue" or not self.scheduler.running:
+            self._load_weights()
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, list[int]]]]:
-        """Generate for one wave, yielding after each pass the new tokens of each request."""
-        depth = max(r.params.speculate for r in requests)
-        slots = max(len(r.prompt) + r.limit for r in requests) + depth + 1
-        runner = Runner(self.model, [r.prompt for r in requests], slots, depth)
-        active = list(requests)
-        logits = runner.prefill([r.length for r in active])[:, None]
-        drafts: list[list[int]] = [[] for _ in active]
-        while True:
-            news = self._accept(active, drafts, logits)
-            for row, (request, new) in enumerate(news):
-                runner.append(row, request.length - len(new), new)
-            yield news
-            going = [row for row, request in enumerate(active) if request.finish_reason is None]
-            if not going:
-                return
-            if len(going) < len(active):
-                runner.keep(going)
-                active = [active[row] for row in going]
-            lengths = [r.length for r in active]
-            drafts = runner.draft(lengths).tolist() if depth else [[] for _ in active]
-            logits = runner.decode(lengths, depth)
-
-    def _accept(
-        self, active: list[Request], drafts: list[list[int]], logits_BTV: torch.Tensor
-    ) -> list[tuple[Request, list[int]]]:
-        """Choose a token at every place, and keep those up to the first draft that was another token."""
-        places = logits_BTV.shape[1]
-        params = [r.params for r in active for _ in range(places)]
-        uniforms = [r.uniform(ahead) for r in active for ahead in range(places)]
-        tokens, logprobs = choose(logits_BTV.flatten(0, 1), params, uniforms)
-        tokens_BT = tokens.view(-1, places).tolist()
-        logprobs_BT = logprobs.view(-1, places).tolist()
-        news = []
-        for request, drafted, chosen, logprob in zip(active, drafts, tokens_BT, logprobs_BT, strict=True):
-            news.append((request, self._take(request, drafted[: request.params.speculate], chosen, logprob)))
+    def step(self) -> News:
+        """Run one pass and return the tokens that it brought."""
+        self._swap_weights_when_idle()
+        planned = self.scheduler.plan()
+        self._draft([rows.request for rows in planned if rows.request.decoding and rows.request.depth])
+        planned = [Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned]
+        planned.sort(key=lambda rows: rows.count)  # requests with equally many rows attend together
+        if not planned:
+            return []
+        h_ND = self.runner.trunk(planned)
+        news = self._read(planned, h_ND)
+        self._catch_up([rows for rows in planned if rows.request.finish_reason is None])
+        for rows in planned:
+            self._settle(rows.request)
+        self.counters["passes"] += 1
+        self.counters["rows"] += len(h_ND)
         return news
 
-    @staticmethod
-    def _take(request: Request, drafted: list[int], chosen: list[int], logprobs: list[float]) -> list[int]:
-        """Append the first token and one more for every draft that was right; count drafts by depth."""
-        new = []
-        for place in range(len(drafted) + 1):
-            new.append(chosen[place])
-            if not request.append(chosen[place], logprobs[place]) or place == len(drafted):
+    def statistics(self) -> dict[str, float]:
+        """Return counters since the start, and how full the queue and the cache are."""
+        pools = {"full": self.cache.full, "window": self.cache.window}
+        gauges = {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "preemptions": self.scheduler.preemptions,
+            "version": self.version,
+        }
+        for kind, pool in pools.items():
+            gauges[f"{kind}_blocks"] = len(pool.holders)
+            gauges[f"{kind}_blocks_held"] = len(pool.holders) - pool.available
+        return {**self.counters, **gauges}
+
+    def _salt(self, request: Request) -> bytes:
+        return b"%d %d" % (self._weights_taken, request.params.speculate)
+
+    def _request(self, prompt: Sequence[int], params: SamplingParams, stream_text: bool) -> Request:
+        if params.speculate > len(self.model.mtp):
+            raise ConfigError(
+                f"speculate={params.speculate}, but the model has {len(self.model.mtp)} MTP modules; "
+                f"choose 0 to {len(self.model.mtp)}."
+            )
+        vocabulary = self.model.config.vocab_size
+        wrong = [t for t in (*prompt, *params.logit_bias) if not 0 <= t < vocabulary]
+        if wrong:
+            raise ConfigError(f"token id {wrong[0]} is outside the vocabulary; give ids from 0 to {vocabulary - 1}.")
+        request = Request.create(prompt, params, self.eos_ids, self.max_context)
+        self._follow_text(request, stream_text)
+        return request
+
+    def _follow_text(self, request: Request, stream_text: bool) -> None:
+        """Give the request what it needs to know of its text."""
+        params = request.params
+        if self.tokenizer is None:
+            if stream_text or params.stop or params.grammar is not None or params.thinking_budget is not None:
+                raise ConfigError(
+                    "text streams, stop texts, grammars and thinking budgets need a tokenizer; give the engine one."
+                )
+            return
+        if stream_text or params.stop:
+            request.text = StopText(self.tokenizer, params.stop, skip_special=not stream_text)
+        if params.grammar is not None or params.thinking_budget is not None:
+            from step35.engine.grammar import GrammarCompiler
+            from step35.engine.thinking import build_constraint
+
+            self._grammars = self._grammars or GrammarCompiler(self.tokenizer, self.model.config.vocab_size)
+            request.constraint = build_constraint(params, self.tokenizer, self._grammars)
+
+    def _draft(self, requests: list[Request]) -> None:
+        """Let module after module propose a token behind what is known and proposed so far.
+
+        Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
+        """
+        for k in range(max((r.depth for r in requests), default=0)):
+            deep = [r for r in requests if r.depth > k]
+            rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in deep]
+            rows.sort(key=lambda r: r.count)
+            for r, token in zip(rows, self.runner.draft(k, rows), strict=True):
+                r.request.drafts.append(token)
+
+    def _read(self, planned: list[Rows], h_ND: Tensor) -> News:
+        """Choose tokens for the requests whose known tokens have all run, and note what the prompts' rows say."""
+        ready, picked, done = list[Request](), list[int](), 0
+        for rows in planned:
+            request, known = rows.request, rows.request.length
+            if request.params.prompt_logprobs and rows.start + 1 < len(request.prompt):
+                self._score_prompt(request, rows, h_ND[done : done + rows.count])
+            if rows.end >= known:
+                ready.append(request)
+                picked += range(done + known - 1 - rows.start, done + rows.count)
+            request.computed = min(rows.end, known)
+            done += rows.count
+        return self._accept(ready, self.model.logits(h_ND[picked])) if ready else []
+
+    def _accept(self, requests: list[Request], logits_NV: Tensor) -> News:
+        """Choose a token at every place, and keep those up to the first draft that was another token."""
+        places = [place for request in requests for place in self._places(request)]
+        adjusted_NV = adjust(logits_NV, places)
+        tokens_N, logprobs_NV = choose(adjusted_NV, [p.params for p in places], [p.uniform for p in places])
+        raw_NV = logits_NV.log_softmax(-1)
+        chosen = tokens_N[:, None]
+        columns = [
+            tokens_N.tolist(),
+            logprobs_NV.gather(1, chosen)[:, 0].tolist(),
+            raw_NV.gather(1, chosen)[:, 0].tolist(),
+        ]
+        news, first = [], 0
+        for request in requests:
+            count = 1 + len(request.drafts)
+            kept = self._take(request, *(column[first : first + count] for column in columns))
+            self._report_top(request, raw_NV, logprobs_NV, first, kept)
+            news.append((request, request.tokens[-kept:]))
+            first += count
+        self.counters["generated_tokens"] += sum(len(new) for _, new in news)
+        return news
+
+    def _places(self, request: Request) -> list[Place]:
+        """Return what decides each place: its number, and the tokens and masks that hold if all drafts are right."""
+        answer, constraint = request.generated, request.constraint
+        places, followed, dead = [], 0, False
+        for ahead in range(1 + len(request.drafts)):
+            allowed = None if constraint is None or dead else constraint.allowed()
+            before = answer + request.drafts[:ahead]
+            places.append(Place(request.params, request.uniform(ahead), request.prompt, before, allowed))
+            if constraint is not None and ahead < len(request.drafts) and not dead:
+                draft = request.drafts[ahead]
+                dead = draft in request.end_ids or (allowed is not None and not bool(allowed[draft]))
+                if not dead:  # behind a draft that cannot be right, nothing will be kept
+                    constraint.advance(draft)
+                    followed += 1
+        if constraint is not None:
+            constraint.rollback(followed)
+        return places
+
+    def _take(self, request: Request, chosen: list[int], logprobs: list[float], raw: list[float]) -> int:
+        """Append the first token and one more for every draft that was right; return how many; count the drafts."""
+        drafts, known = request.drafts, request.length
+        right = 0
+        for place in range(len(drafts) + 1):
+            if not request.append(chosen[place], logprobs[place], raw[place], self.version) or place == len(drafts):
                 break
             request.drafted[place] += 1
-            if drafted[place] != chosen[place]:
+            if drafts[place] != chosen[place]:
                 break
             request.accepted[place] += 1
-        return new
+            right += 1
+        if drafts:
+            self._count_drafts(request, right)
+            for k in range(len(drafts)):
+                request.module_done[k] = known + min(k, right)
+            request.computed = request.length - 1
+        request.drafts = []
+        return request.length - known
+
+    def _count_drafts(self, request: Request, right: int) -> None:
+        for k in range(len(request.drafts)):
+            self.counters[f"drafted_{k + 1}"] += k <= right
+            self.counters[f"accepted_{k + 1}"] += k < right
+        if self.depths is not None:
+            self.depths.observe(len(request.drafts), right)
+            request.depth = min(self.depths.choose(), request.params.speculate)
+
+    def _report_top(self, request: Request, raw_NV: Tensor, logprobs_NV: Tensor, first: int, kept: int) -> None:
+        if request.params.top_logprobs:
+            source_NV = raw_NV if request.params.logprobs_of == "raw" else logprobs_NV
+            for n in range(first, first + kept):
+                request.top_logprobs.append(most_likely(source_NV[n], request.params.top_logprobs))
+
+    def _score_prompt(self, request: Request, rows: Rows, h_TD: Tensor) -> None:
+        """Note the log-probabilities of the prompt tokens that these rows predict."""
+        known = len(request.prompt_logprobs)  # a request that was preempted reads its prompt again
+        targets = request.prompt[rows.start + 1 : rows.end + 1][max(0, known - rows.start) :]
+        if targets:
+            h_TD = h_TD[max(0, known - rows.start) :][: len(targets)]
+            labels = torch.tensor(targets, device=h_TD.device)
+            request.prompt_logprobs += (-F.cross_entropy(self.model.logits(h_TD), labels, reduction="none")).tolist()
+
+    def _catch_up(self, planned: list[Rows]) -> None:
+        """Run the modules over prompt rows as soon as the trunk has: behind the window its states are given back.
+
+        What adaptive depth has left out is made up for from time to time, for the same reason.
+        """
+        late = [r.request for r in planned if r.request.reading or r.request.behind > MOST_BEHIND]
+        for k in range(len(self.model.mtp)):
+            rows = [Rows(r, r.module_done[k], r.computed - r.module_done[k]) for r in late if k < len(r.module_done)]
+            rows = sorted((r for r in rows if r.count > 0), key=lambda r: r.count)
+            if rows:
+                self.runner.module(k, rows)
+                for r in rows:
+                    r.request.module_done[k] = r.end
+
+    def _settle(self, request: Request) -> None:
+        """Publish and free blocks; let go of a request that has ended."""
+        self.cache.settle(request)
+        if request.finish_reason is not None:
+            self.counters["prompt_tokens"] += len(request.prompt)
+            self.counters["cached_tokens"] += request.cached
+            self.counters["finished"] += 1
+            self.scheduler.finish(request)
+
+    def _swap_weights_when_idle(self) -> None:
+        in_progress = self.scheduler.running or any(r.generated_count for r in self.scheduler.waiting)
+        if self._new_weights is not None and not in_progress:
+            self._load_weights()
+
+    def _load_weights(self) -> None:
+        assert self._new_weights is not None
+        state, self.version = self._new_weights
+        self._new_weights = None
+        self._weights_taken += 1
+        self.model.load_state_dict(state)
+        self.scheduler.admitting = True
+        for request in self.scheduler.waiting:
+            if not request.generated_count:
+                request.rekey(self._salt(request))
+
+
+def _block_counts(
+    model: Step35, max_batch: int, max_context: int, cache_tokens: int | None, max_pass_tokens: int
+) -> tuple[int, int]:
+    """Return how many full and how many sliding blocks to make; raise `ConfigError` if one request would not fit.
+
+    Sliding blocks are enough for every running request's window, a pass's chunk, and as many windows again of
+    prefixes that may come back.
+    """
+    deepest = len(model.mtp) + 1
+    least = max_context + deepest
+    tokens = max_batch * least if cache_tokens is None else cache_tokens
+    if tokens < least:
+        raise ConfigError(
+            f"cache_tokens={tokens} holds no request of max_context={max_context} tokens; give at least {least}."
+        )
+    full = -(-tokens // BLOCK_TOKENS)
+    window = max((layer.window or 0 for layer in model.config.layers()), default=0)
+    per_request = -(-(window + deepest) // BLOCK_TOKENS) + 2
+    chunk = -(-max_pass_tokens // BLOCK_TOKENS)
+    return full, min(full, 2 * max_batch * per_request) + chunk + per_request

@@ -16,6 +16,7 @@ from step35.api.sampling import SamplingParams
 from step35.data import chat
 from step35.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from step35.engine.engine import Engine
+from step35.engine.request import Request
 from step35.model.context import Context
 from step35.model.step35 import Step35
 from step35.model.weights import load_model
@@ -24,7 +25,10 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory."""
+    """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory.
+
+    `options` go to `Engine`: `cache_tokens`, `max_pass_tokens`, `adaptive_depth`.
+    """
 
     def __init__(
         self,
@@ -36,13 +40,16 @@ class LLM:
         device: str = "cpu",
         max_batch: int = 64,
         max_context: int | None = None,
+        **options: Any,
     ) -> None:
         if path is not None:
             model, tokenizer = load_model(path, dtype=dtype, device=device), load_tokenizer(path)
         if model is None or tokenizer is None:
             raise ValueError("LLM needs a checkpoint folder, or both model= and tokenizer=")
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer.eos_ids, max_batch=max_batch, max_context=max_context)
+        self.engine = Engine(
+            model, tokenizer.eos_ids, tokenizer=tokenizer, max_batch=max_batch, max_context=max_context, **options
+        )
 
     @property
     def model(self) -> Step35:
@@ -54,8 +61,9 @@ class LLM:
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids); text prompts get the BOS token in front."""
         many = [prompts] if isinstance(prompts, str) else prompts
-        completions = self.engine.generate(self.engine.create([self._ids(p) for p in many], params or SamplingParams()))
-        return [replace(c, text=self.tokenizer.decode(list(c.token_ids), skip_special=True)) for c in completions]
+        requests = self.engine.create([self._ids(p) for p in many], params or SamplingParams())
+        completions = self.engine.generate(requests)
+        return [replace(c, text=self._text(r, c)) for r, c in zip(requests, completions, strict=True)]
 
     def chat(
         self,
@@ -93,8 +101,12 @@ class LLM:
 
     def update_weights(self, state: Mapping[str, Any], version: int) -> None:
         """Take new weights between generations."""
-        self.model.load_state_dict(state)
-        self.engine.version = version
+        self.engine.update_weights(state, version)
+
+    def _text(self, request: Request, completion: Completion) -> str:
+        if request.text is not None:  # it ends before the stop text
+            return request.text.whole
+        return self.tokenizer.decode(list(completion.token_ids), skip_special=True)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)

@@ -1,4 +1,4 @@
-"""One generation in progress."""
+"""One generation in progress: its tokens, where it stands in the cache, and its own randomness."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from step35.api.sampler import Completion
+from step35.api.constraint import Constraint
+from step35.api.sampler import Completion, TopLogprobs
 from step35.api.sampling import SamplingParams
+from step35.engine.blocks import BLOCK_TOKENS, chain
+from step35.engine.stop_text import StopText
 from step35.errors import ConfigError
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A prompt, its parameters, and what has been generated so far."""
+    """A prompt, its parameters, what has been generated so far, and the blocks that hold it."""
 
     prompt: list[int]
     params: SamplingParams
@@ -24,13 +27,38 @@ class Request:
     """Most tokens to generate: max_tokens, or what the context leaves."""
     uniforms: Tensor
     """One number in [0, 1) for each token to come: the request's whole randomness, independent of its batch."""
-    generated: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
+    tokens: list[int]
+    """All known tokens: the prompt, then what was generated."""
+    drafted: list[int]
     """Drafts offered at each depth."""
-    accepted: list[int] = field(default_factory=list)
+    accepted: list[int]
     """Drafts accepted at each depth."""
+    constraint: Constraint | None = None
+    text: StopText | None = None
+    """Turns tokens to text where somebody reads it, or where stop texts have to be found."""
+    depth: int = 0
+    """Drafts to make in the next pass: at most `params.speculate`."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that the modules propose behind the known ones, in this pass."""
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    salt: bytes = b""
+    """Sets apart prefixes that must not be shared: of other weights, or without the modules' part."""
+    cached: int = 0
+    """Prompt tokens found in the cache when the request first ran."""
+    full: list[int] = field(default_factory=list)
+    window: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Positions that the trunk has run and that hold known tokens."""
+    module_done: list[int] = field(default_factory=list)
+    """For each MTP module in use, the first slot that it has not run with known tokens."""
+    published: int = 0
+    freed: int = 0
+    _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
     def create(cls, prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int], context: int) -> Request:
@@ -48,36 +76,104 @@ class Request:
         else:
             generator.manual_seed(params.seed)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
-        depths = [0] * params.speculate
         uniforms = torch.rand(limit, generator=generator, dtype=torch.float64)
-        return cls(list(prompt), params, ends, limit, uniforms, drafted=list(depths), accepted=list(depths))
+        depth = params.speculate
+        request = cls(list(prompt), params, ends, limit, uniforms, list(prompt), [0] * depth, [0] * depth)
+        request.depth = depth
+        request.forget_blocks()
+        return request
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.tokens[len(self.prompt) :]
 
     @property
     def length(self) -> int:
         """Tokens known so far, the prompt included."""
-        return len(self.prompt) + len(self.generated)
+        return len(self.tokens)
+
+    @property
+    def generated_count(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all known tokens but the last have run, so that drafts can be made."""
+        return self.computed == len(self.tokens) - 1 and self.generated_count > 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether the last pass ran tokens that were known before: a prompt's."""
+        return not self.decoding or self.generated_count == 1
+
+    @property
+    def behind(self) -> int:
+        """Positions that the trunk has run and some module in use has not."""
+        return self.computed - self.settled
+
+    @property
+    def settled(self) -> int:
+        """Positions whose slots, those of the modules in use included, will not be written again."""
+        return min([self.computed, *self.module_done])
 
     def uniform(self, ahead: int) -> float:
         """Return the random number of the token `ahead` places after the next one."""
-        return float(self.uniforms[min(len(self.generated) + ahead, self.limit - 1)])
+        return float(self.uniforms[min(self.generated_count + ahead, self.limit - 1)])
 
-    def append(self, token: int, logprob: float) -> bool:
+    def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> bool:
         """Take one token; return whether the request goes on."""
-        self.generated.append(token)
+        self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token in self.end_ids:
+        self.raw_logprobs.append(raw_logprob)
+        self.versions.append(version)
+        if self.constraint is not None:
+            self.constraint.advance(token)
+        if token in self.end_ids or (self.text is not None and self.text.push(token)):
             self.finish_reason = "stop"
-        elif len(self.generated) >= self.limit:
+        elif self.generated_count >= self.limit:
             self.finish_reason = "length"
+        if self.finish_reason and self.text is not None:
+            self.text.flush()
         return self.finish_reason is None
 
-    def completion(self, version: int) -> Completion:
+    def key(self, block: int) -> bytes:
+        """Return what names the content of the request's block number `block`, whose tokens are known."""
+        while len(self._keys) <= block:
+            start = len(self._keys) * BLOCK_TOKENS
+            before = self._keys[-1] if self._keys else self.salt
+            self._keys.append(chain(before, self.tokens[start : start + BLOCK_TOKENS]))
+        return self._keys[block]
+
+    def rekey(self, salt: bytes) -> None:
+        """Change what sets the request's blocks apart; only before it holds any."""
+        self.salt, self._keys = salt, []
+
+    def start_at(self, position: int) -> None:
+        """Begin behind a prefix whose slots are all known."""
+        self.computed = position
+        self.module_done = [max(position, k + 1) for k in range(self.params.speculate)]
+        self.published = self.freed = position // BLOCK_TOKENS
+
+    def forget_blocks(self) -> None:
+        """Stand before the first token again; what was generated stays known."""
+        self.full, self.window, self.drafts = [], [], []
+        self.start_at(0)
+
+    def completion(self, text: str = "") -> Completion:
         """Return the finished generation."""
         return Completion(
             tuple(self.generated),
             tuple(self.logprobs),
             self.finish_reason or "length",
-            version,
+            self.versions[-1] if self.versions else 0,
             tuple(self.drafted),
             tuple(self.accepted),
+            text,
+            tuple(self.raw_logprobs),
+            tuple(self.top_logprobs),
+            tuple(self.prompt_logprobs),
+            tuple(self.versions),
+            self.cached,
         )

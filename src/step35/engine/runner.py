@@ -1,98 +1,139 @@
-"""Forward passes over a batch with a cache: prefill, decode, and the MTP modules' drafts.
+"""Forward passes over rows of many requests at once: the trunk, and the MTP modules that draft.
 
-Buffers are indexed by position: `tokens` (known ones, then drafts) and `hidden[0]` (the trunk before its final
-norm), `hidden[k]` (output of MTP module k-1). A pass reads and writes windows of them.
+Rows of all requests lie one behind the other, so that every product is one for all; attention alone goes request by
+request, those with equally many rows together, over the slots that each may see.
 """
 
-# B batch  T new tokens  S slots  D model  V vocab
+# N rows of the pass  R requests  T rows a request  S visible slots  K kv heads  C head dim  D model
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from step35.engine.kv_cache import DenseCache
+from step35.config.model import LayerConfig
+from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.kv_cache import PagedCache
+from step35.engine.scheduler import Rows
+from step35.model.attention_kernels import attend, visible
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
 
+@dataclass
+class View:
+    """The slots that one group of requests reads in one kind of layer."""
+
+    slots_RS: Tensor
+    mask_RTS: Tensor
+
+
+class PagedContext(Context):
+    """A forward pass whose keys and values lie in a `PagedCache`; one row of N tokens to the model."""
+
+    def __init__(self, cache: PagedCache, rows: Sequence[Rows], first: int) -> None:
+        device = cache.keys[0].device
+        positions = [p for r in rows for p in range(r.start, r.end)]
+        super().__init__(torch.tensor([positions], device=device))
+        self.cache, self.first = cache, first
+        self.groups = [list(group) for _, group in groupby(rows, key=lambda r: r.count)]
+        self.slots = {
+            kind: torch.tensor([slot(r, p, kind) for r in rows for p in range(r.start, r.end)], device=device)
+            for kind in ("full", "window")
+        }
+
+    def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        """Store the new keys and values, then attend over all that each row may see; returns (1, N, H, C)."""
+        kind = "full" if layer.window is None else "window"
+        self.cache.write(layer, self.slots[kind], k_BTKC[0], v_BTKC[0])
+        outputs, done = [], 0
+        for number, group in enumerate(self.groups):
+            rows = len(group) * group[0].count
+            q = q_BTHC[0, done : done + rows].view(len(group), -1, *q_BTHC.shape[2:])
+            view = self._view(number, layer.window)
+            k, v = (store[layer.index][view.slots_RS] for store in (self.cache.keys, self.cache.values))
+            outputs.append(attend(q, k, v, view.mask_RTS).flatten(0, 1))
+            done += rows
+        return torch.cat(outputs)[None]
+
+    def _view(self, group: int, window: int | None) -> View:
+        key = ("view", group, window)
+        if key not in self._memo:
+            self._memo[key] = self._build_view(self.groups[group], window)
+        view = self._memo[key]
+        assert isinstance(view, View)
+        return view
+
+    def _build_view(self, group: list[Rows], window: int | None) -> View:
+        """Lay the visible slots of each request side by side, padded behind the last."""
+        device = self.positions_BT.device
+        starts = [max(self.first, r.start - window + 1) if window else self.first for r in group]
+        longest = max(r.end - start for r, start in zip(group, starts, strict=True))
+        tables = torch.stack([_slots_of(r, start, longest, window) for r, start in zip(group, starts, strict=True)])
+        key_RS = torch.tensor(starts, device=device)[:, None] + torch.arange(longest, device=device)
+        query_RT = torch.tensor([r.start for r in group], device=device)[:, None] + torch.arange(
+            group[0].count, device=device
+        )
+        return View(tables.to(device), visible(query_RT, key_RS, window))
+
+
+def slot(rows: Rows, position: int, kind: str) -> int:
+    """Return where the request keeps `position`."""
+    table = rows.request.full if kind == "full" else rows.request.window
+    return table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+
+
+def _slots_of(rows: Rows, start: int, count: int, window: int | None) -> Tensor:
+    """Return the slots of `count` positions from `start` on; those past the request's blocks point anywhere."""
+    table = rows.request.full if window is None else rows.request.window
+    first = start // BLOCK_TOKENS
+    blocks = torch.tensor(table[first : -(-(start + count) // BLOCK_TOKENS)])
+    slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()[start - first * BLOCK_TOKENS :]
+    return torch.nn.functional.pad(slots[:count], (0, max(0, count - len(slots))))
+
+
 class Runner:
-    """State of one batch of sequences inside the model."""
+    """The model, and the cache it reads and writes."""
 
-    def __init__(self, model: Step35, prompts: list[list[int]], slots: int, depth: int) -> None:
-        weight = model.embed_tokens.weight
-        self.model, self.depth, self.slots = model, depth, slots
-        dtype = model.compute_dtype or weight.dtype
-        self.cache = DenseCache(model.config, len(prompts), slots, dtype, weight.device, mtp=depth > 0)
-        self.tokens_BS = torch.zeros(len(prompts), slots, dtype=torch.long, device=weight.device)
-        for row, prompt in enumerate(prompts):
-            self.tokens_BS[row, : len(prompt)] = torch.tensor(prompt, device=weight.device)
-        size = (len(prompts), slots, model.config.hidden_size)
-        self.hidden = [torch.zeros(size, dtype=dtype, device=weight.device) for _ in range(depth + 1 if depth else 0)]
-        self.draft_rows = slots  # the first draft runs over the whole prompt
+    def __init__(self, model: Step35, cache: PagedCache) -> None:
+        self.model, self.cache = model, cache
 
-    def prefill(self, lengths: list[int]) -> Tensor:
-        """Run the prompts, a common prefix only once; return the next-token logits (B, V)."""
-        shared = self._common_prefix(min(lengths))
-        if shared:
-            self._trunk(torch.arange(shared, device=self.tokens_BS.device)[None])
-            self.cache.share_first(shared)
-            for hidden in self.hidden[:1]:
-                hidden[1:, :shared] = hidden[:1, :shared]
-        positions_BT = torch.arange(shared, max(lengths), device=self.tokens_BS.device).expand(len(lengths), -1)
-        h_BTD = self._trunk(positions_BT)
-        last_B = torch.tensor(lengths, device=h_BTD.device) - 1 - shared
-        return self.model.logits(h_BTD[torch.arange(len(lengths)), last_B])
+    def trunk(self, rows: Sequence[Rows]) -> Tensor:
+        """Run the trunk; return its last layer's output (N, D) before the final norm."""
+        context = PagedContext(self.cache, rows, 0)
+        h_ND = self.model.trunk(self._tokens(rows), context)[0]
+        if self.cache.hidden:
+            self.cache.hidden[0].index_copy_(0, context.slots["window"], h_ND)
+        return h_ND
 
-    def decode(self, lengths: list[int], drafts: int) -> Tensor:
-        """Run each sequence's last known token and `drafts` drafted ones; return logits (B, 1 + drafts, V)."""
-        start_B1 = torch.tensor(lengths, device=self.tokens_BS.device)[:, None] - 1
-        return self.model.logits(self._trunk(start_B1 + torch.arange(1 + drafts, device=start_B1.device)))
+    def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
+        """Run MTP module k; return its output (N, D). Its row at position p reads the token at p and the state at p-1.
 
-    def draft(self, lengths: list[int]) -> Tensor:
-        """Return `depth` drafted tokens a sequence (B, depth), and place them behind the known ones.
-
-        Module k runs over a window that ends at the last position whose trunk state is known. The window reaches
-        back over everything that one pass may accept; rows computed from a draft that was then rejected lie within
-        it, so that every module's cache always equals a pass over the whole prefix.
+        Its first state belongs to position k+1; before that, nothing is visible.
         """
-        known_B1 = torch.tensor(lengths, device=self.tokens_BS.device)[:, None]
-        longest = int(known_B1.max()) - 1
-        for k, module in enumerate(self.model.mtp[: self.depth]):
-            rows = min(self.draft_rows, longest)
-            positions_BT = (known_B1 - 2 - torch.arange(rows - 1, -1, -1, device=known_B1.device)).clamp(min=0)
-            row_B1 = torch.arange(len(known_B1), device=known_B1.device)[:, None]
-            embedding = self.model.embed(self.tokens_BS[row_B1, positions_BT + 1 + k])
-            state = module(embedding, self.hidden[k][row_B1, positions_BT], self._context(positions_BT))
-            self.hidden[k + 1][row_B1, positions_BT] = state
-            self.tokens_BS[row_B1, known_B1 + k] = module.logits(state[:, -1:]).argmax(-1)
-        self.draft_rows = self.depth + 1
-        return self.tokens_BS[torch.arange(len(known_B1))[:, None], known_B1 + torch.arange(self.depth)]
+        module = self.model.mtp[k]
+        context = PagedContext(self.cache, rows, k + 1)
+        device = context.positions_BT.device
+        before = torch.tensor([slot(r, p - 1, "window") for r in rows for p in range(r.start, r.end)], device=device)
+        state: Tensor = module(self.model.embed(self._tokens(rows)), self.cache.hidden[k][before][None], context)[0]
+        self.cache.hidden[k + 1].index_copy_(0, context.slots["window"], state)
+        return state
 
-    def append(self, row: int, position: int, tokens: list[int]) -> None:
-        """Record newly known tokens of sequence `row` from `position` on."""
-        self.tokens_BS[row, position : position + len(tokens)] = torch.tensor(tokens, device=self.tokens_BS.device)
+    def draft(self, k: int, rows: Sequence[Rows]) -> list[int]:
+        """Run MTP module k and return the token it proposes behind each request's rows."""
+        last = torch.tensor([r.count for r in rows], device=self.cache.keys[0].device).cumsum(0) - 1
+        tokens: list[int] = self.model.mtp[k].logits(self.module(k, rows)[last]).argmax(-1).tolist()
+        return tokens
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop finished sequences."""
-        index = torch.tensor(rows, device=self.tokens_BS.device)
-        self.cache.keep(index)
-        self.tokens_BS = self.tokens_BS[index]
-        self.hidden = [hidden[index] for hidden in self.hidden]
-
-    def _trunk(self, positions_BT: Tensor) -> Tensor:
-        row_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
-        h_BTD = self.model.trunk(self.tokens_BS[row_B1, positions_BT], self._context(positions_BT))
-        if self.hidden:
-            self.hidden[0][row_B1, positions_BT] = h_BTD
-        return h_BTD
-
-    def _context(self, positions_BT: Tensor) -> Context:
-        return Context(positions_BT, cache=self.cache, key_positions_BS=self.cache.begin(positions_BT))
-
-    def _common_prefix(self, shortest: int) -> int:
-        """Return how many leading tokens all prompts share, leaving each at least one of its own."""
-        if len(self.tokens_BS) == 1:
-            return 0
-        same = (self.tokens_BS[:, : shortest - 1] == self.tokens_BS[:1, : shortest - 1]).all(0)
-        return int(same.long().cumprod(0).sum())
+    def _tokens(self, rows: Sequence[Rows]) -> Tensor:
+        """Return the tokens of all rows (1, N): known ones, then drafts."""
+        tokens: list[int] = []
+        for r in rows:
+            known = r.request.tokens[r.start : r.end]
+            ahead = max(0, r.start - r.request.length)
+            tokens += known + r.request.drafts[ahead : ahead + r.count - len(known)]
+        return torch.tensor([tokens], device=self.cache.keys[0].device)

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, and one given uniform number per token.
+"""From logits to tokens: bias, penalties, masks, temperature, cuts, and one given uniform number per token.
 
 The token is the inverse of the cumulative distribution at that number, so a request's tokens depend on its logits
 and its own random numbers only: not on its batch, and not on whether drafts were verified along with it.
@@ -9,6 +9,7 @@ and its own random numbers only: not on its batch, and not on whether drafts wer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,15 +20,67 @@ UNMODIFIED = SamplingParams()
 """Stands in for greedy positions, whose log-probabilities no setting changes."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """One position to sample: its request's settings, its random number, and what came before it."""
+
+    params: SamplingParams
+    uniform: float
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
+    """Tokens generated before this place, drafts that are taken for granted included."""
+    allowed: Tensor | None = None
+    """Which tokens a constraint permits (V,)."""
+
+
+def adjust(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
+    """Apply bias, penalties and masks row by row where a place asks for any; otherwise return the logits untouched."""
+    rows = {n: place for n, place in enumerate(places) if place.allowed is not None or _shifts(place.params)}
+    if not rows:
+        return logits_NV
+    logits_NV = logits_NV.clone()
+    for n, place in rows.items():
+        _shift(logits_NV[n], place)
+        if place.allowed is not None:
+            logits_NV[n].masked_fill_(~place.allowed, float("-inf"))
+    return logits_NV
+
+
+def _shifts(params: SamplingParams) -> bool:
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    return bool(penalised or params.logit_bias)
+
+
+def _shift(logits_V: Tensor, place: Place) -> None:
+    """Repetition counts prompt and answer; presence and frequency count the answer, as the OpenAI API says."""
+    params = place.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*place.prompt, *place.answer}), device=logits_V.device)
+        old = logits_V[seen]
+        logits_V[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    if place.answer and (params.presence_penalty or params.frequency_penalty):
+        answer = torch.tensor(place.answer, device=logits_V.device)
+        counts_V = torch.bincount(answer, minlength=len(logits_V)).to(logits_V.dtype)
+        logits_V -= params.presence_penalty * (counts_V > 0) + params.frequency_penalty * counts_V
+    for token, bias in params.logit_bias.items():
+        logits_V[token] += bias
+
+
+def most_likely(logprobs_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the `count` likeliest tokens and their log-probabilities, the likeliest first."""
+    values, tokens = logprobs_V.topk(min(count, len(logprobs_V)))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
 def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return tokens (N,) and their log-probabilities (N,) under the distribution they were drawn from.
+    """Return tokens (N,) and the log-probabilities (N, V) under which they were drawn.
 
     Greedy positions (temperature 0) report the log-probability under the unmodified distribution.
     """
     greedy = torch.tensor([p.temperature == 0 for p in params], device=logits_NV.device)
     if bool(greedy.all()):
         tokens = logits_NV.argmax(-1)
-        return tokens, _gather(logits_NV.log_softmax(-1), tokens)
+        return tokens, logits_NV.log_softmax(-1)
     sampled = [p if p.temperature else UNMODIFIED for p in params]
     temperatures = torch.tensor([p.temperature for p in sampled], device=logits_NV.device)
     logits_NV = _truncate(logits_NV / temperatures[:, None], sampled)
@@ -36,12 +89,15 @@ def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
     targets = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device) * cumulative[:, -1]
     drawn = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0].clamp(max=logits_NV.shape[-1] - 1)
     tokens = torch.where(greedy, logits_NV.argmax(-1), drawn)
-    return tokens, _gather(logprobs_NV, tokens)
+    return tokens, logprobs_NV
 
 
 def _truncate(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Set to -inf what top-k and top-p leave out; without either, return the logits untouched."""
+    """Set to -inf what min-p, top-k and top-p leave out; without any, return the logits untouched."""
     vocabulary = logits_NV.shape[-1]
+    if any(p.min_p for p in params):
+        floor = torch.tensor([p.min_p for p in params], device=logits_NV.device).log()[:, None]
+        logits_NV = logits_NV.masked_fill(logits_NV < logits_NV.amax(-1, keepdim=True) + floor, float("-inf"))
     if all(p.top_p >= 1 and not p.top_k for p in params):
         return logits_NV
     ordered, order = logits_NV.sort(dim=-1, descending=True, stable=True)
@@ -53,7 +109,3 @@ def _truncate(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     keep = (torch.arange(vocabulary, device=logits_NV.device) < top_k) & ((top_p >= 1) | (before < top_p))
     kept = torch.zeros_like(keep).scatter(-1, order, keep)
     return logits_NV.masked_fill(~kept, float("-inf"))
-
-
-def _gather(logprobs_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    return logprobs_NV.gather(-1, tokens_N[:, None])[:, 0]

@@ -18,14 +18,6 @@ from step35.model import attention_kernels as kernels
 from step35.model.rope import rope_table
 
 
-class KeyValueCache(Protocol):
-    """Keys and values of earlier tokens, as the engine keeps them."""
-
-    def extend(self, layer: int, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values at their positions and return all of them, each (B, S, K, C)."""
-        ...
-
-
 @dataclass
 class Routing:
     """What one MoE layer decided, kept for balance losses and monitors."""
@@ -68,13 +60,13 @@ class RoutedRows(NamedTuple):
 
 @dataclass
 class Context:
-    """One forward pass. Without a cache, `segments_BT` separates packed documents (padding is -1)."""
+    """One forward pass over whole sequences; `segments_BT` separates packed documents (padding is -1).
+
+    The engine's passes, whose earlier keys and values lie in a cache, override `attend`.
+    """
 
     positions_BT: Tensor
     segments_BT: Tensor | None = None
-    cache: KeyValueCache | None = None
-    key_positions_BS: Tensor | None = None
-    """Positions of the cached keys; unwritten slots lie after every query, hence are never seen."""
     routing: list[Routing] | None = None
     """When a list, every MoE layer appends its record."""
     observer: Observer | None = None
@@ -105,9 +97,6 @@ class Context:
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
         """Attend under this pass's visibility rules; returns (B, T, H, C)."""
-        if self.cache is not None:
-            k, v = self.cache.extend(layer.index, k_BTKC, v_BTKC)
-            return kernels.attend(q_BTHC, k, v, self._mask("cached", layer.window))
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
@@ -151,8 +140,6 @@ class Context:
         return self._memo[key]
 
     def _build_mask(self, form: str, window: int | None) -> Tensor:
-        if form == "cached":
-            return kernels.visible(self.positions_BT, self.key_positions_BS, window)
         if form == "banded":
             return kernels.band_mask(self.positions_BT, self.segments_BT, window)
         seen = kernels.visible(self.positions_BT, self.positions_BT, window)

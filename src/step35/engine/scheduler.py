@@ -1,0 +1,107 @@
+"""Which requests run in the next pass, and how many positions of each.
+
+All running requests decode in every pass; prompts take what is left of the pass's token budget, chunk by chunk.
+When blocks run out, the request that came last gives its own back and waits to be computed again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.kv_cache import PagedCache
+from step35.engine.request import Request
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive positions of one request."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The position behind the last."""
+        return self.start + self.count
+
+
+class Scheduler:
+    """The queue of those that wait and the list of those that run, in the order of their arrival."""
+
+    def __init__(self, cache: PagedCache, *, max_batch: int, max_pass_tokens: int) -> None:
+        self.cache = cache
+        self.max_batch = max_batch
+        self.max_pass_tokens = max_pass_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.admitting = True
+        """When False, nothing new begins; what has begun goes on, preempted requests too."""
+        self.preemptions = 0
+
+    def plan(self) -> list[Rows]:
+        """Return the rows of the next pass, their blocks reserved, and room for each decoding request's drafts."""
+        planned: list[Rows] = []
+        budget = self.max_pass_tokens
+        for request in list(self.running):
+            if budget > 0 and request in self.running and self._make_room(request, self._end(request, budget)):
+                planned.append(self._rows(request, budget))
+                budget -= planned[-1].count + self._depth(request)
+        coming = {_next_block(rows.request) for rows in planned} - {None}
+        while budget > 0 and self._may_admit():
+            request = self.waiting[0]
+            self.cache.adopt_prefix(request)
+            # What another request is about to compute is waited for instead of computed twice.
+            if _next_block(request) in coming or not self.cache.reserve(request, self._end(request, budget)):
+                self.cache.release(request)
+                break
+            coming |= {_next_block(request)} - {None}
+            self.running.append(self.waiting.popleft())
+            if not request.generated_count:
+                request.cached = request.computed
+            planned.append(self._rows(request, budget))
+            budget -= planned[-1].count
+        return planned
+
+    def finish(self, request: Request) -> None:
+        """Forget a request that has ended, wherever it stands, and free its blocks."""
+        if request in self.running:
+            self.running.remove(request)
+            self.cache.release(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def _may_admit(self) -> bool:
+        if not self.waiting or len(self.running) >= self.max_batch:
+            return False
+        return self.admitting or self.waiting[0].generated_count > 0
+
+    def _make_room(self, request: Request, end: int) -> bool:
+        """Reserve blocks up to `end`, taking them from later requests, in the end by waiting itself."""
+        while not self.cache.reserve(request, end):
+            last = self.running.pop()
+            self.cache.release(last)
+            self.waiting.appendleft(last)
+            self.preemptions += 1
+            if last is request:
+                return False
+        return True
+
+    def _rows(self, request: Request, budget: int) -> Rows:
+        return Rows(request, request.computed, min(request.length - request.computed, budget))
+
+    def _end(self, request: Request, budget: int) -> int:
+        return self._rows(request, budget).end + self._depth(request)
+
+    @staticmethod
+    def _depth(request: Request) -> int:
+        """Return how many drafts the request may have in this pass: none while its prompt is being read."""
+        return request.depth if request.decoding else 0
+
+
+def _next_block(request: Request) -> bytes | None:
+    """Return the key of the block that the request computes next; None when it is not whole yet."""
+    block = request.computed // BLOCK_TOKENS
+    return request.key(block) if (block + 1) * BLOCK_TOKENS < request.length else None
