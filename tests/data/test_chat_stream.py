@@ -319,3 +319,18 @@ def test_work_is_linear_in_the_text(text: str, per_character: int) -> None:
     parser.finish()
     assert parser.searched <= per_character * len(text)
     assert parser.longest < 600
+
+
+@pytest.mark.parametrize("length", [255, 256, 257])
+def test_the_longest_tags_parse_alike_in_pieces(length: int) -> None:
+    blanks, name = "\n" * length, "n" * length
+    for text in (
+        f"<tool_call>{blanks}<function=f>",
+        f"</think><tool_call>{blanks}<function=f>",
+        f"</think><function={name}>",
+        f"</think><function=f><parameter={name}>1",
+        f"</think>{CALL.replace('</parameter>', '</parameter>' + blanks)}",
+        f"</think><function=f><parameter=text>v</parameter>{blanks}",
+        f"</think><function=f><parameter=text>v\n<tool_call>{blanks}<function=f>",
+    ):
+        assert streamed(list(text)) == parse(text, TOOLS)
