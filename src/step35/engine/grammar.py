@@ -1,0 +1,245 @@
+"""Grammars: which tokens keep an answer inside a JSON schema, an expression, or the chat format's tool calls.
+
+The engine asks `GrammarCompiler` for a `Constraint` and masks the logits with what it allows; llguidance parses.
+The tokens of `tokenizer.SPECIAL_TOKENS` only come where a grammar names them, so no text can hold a turn's end.
+
+Not enforced: `pattern`, `format` and lengths of a string that is a tool's own parameter (inside of objects and
+arrays they are), and closing tags quoted inside a JSON string of a tool call, which may end it early for a parser.
+"""
+
+# V vocabulary of the model, which may be padded beyond the tokenizer's
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from step35.api.messages import ToolSchema
+from step35.api.sampling import Grammar
+from step35.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from step35.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_CACHED = 64
+"""Compiled grammars to keep; an agent sends the same tools with every turn."""
+
+# The library's own default allows whitespace without end, and a model that is undecided writes it without end.
+_JSON_DEFAULTS = {"whitespace_pattern": r"\n?[ \t]{0,32}"}
+# What `json.dumps` prints, as in the chat format.
+_JSON_IN_CALL = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# TEXT is a string with the newlines and the tag around it. It must not hold what `chat_parse` takes for its end.
+# Digits are bounded so that Python reads every number back: it refuses very long integers, and 1e999 is no JSON.
+_TERMINALS = r"""
+ANY: /(?s:.*)/
+ENDING: "</parameter>" | /<\/function>\s*<\/tool_call>/ | /\n<parameter=[^>\n]+>\n/
+  | /\n<\/function>\n/ | /\n<\/tool_call>/ | /\n<tool_call>\s*<function=/
+TEXT: (("\n" ANY "\n") & ~(ANY ENDING ANY)) "</parameter>\n"
+INTEGER: /-?(0|[1-9][0-9]{0,17})/
+NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+-]?[0-9]{1,2})?/
+"""
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+
+class GrammarCompiler:
+    """Makes constraints for one tokenizer and model; the library and its tables load on the first use."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._matchers: dict[str, LLMatcher] = {}
+
+    def compile(self, grammar: Grammar) -> GrammarConstraint:
+        """Return a fresh constraint; raise `ConfigError` when the grammar is unusable or llguidance is missing."""
+        backend = self._backend
+        source = self._source(grammar)
+        matcher = self._matchers.get(source)
+        if matcher is None:
+            from llguidance import LLMatcher
+
+            matcher = LLMatcher(backend, source, log_level=0)
+            if matcher.is_error():
+                raise ConfigError(f"the grammar cannot be compiled: {matcher.get_error()}")
+            if len(self._matchers) >= _CACHED:
+                self._matchers.pop(next(iter(self._matchers)))
+            self._matchers[source] = matcher
+        return GrammarConstraint(matcher.deep_copy(), self.tokenizer.eos_ids, self.vocab_size)
+
+    @cached_property
+    def _backend(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError:
+            raise ConfigError("grammars need llguidance, which is not installed: pip install 'step35[serve]'") from None
+        content = json.loads(self.tokenizer.backend.to_str())
+        for token in content["added_tokens"]:
+            # Else the library would let the thinking and tool tokens stand for their letters in any string.
+            token["special"] |= token["content"] in SPECIAL_TOKENS
+        size = max(self.vocab_size, self.tokenizer.vocab_size)
+        try:
+            return LLTokenizer(json.dumps(content), n_vocab=size, eos_token=list(self.tokenizer.eos_ids))
+        except Exception as error:  # whatever the binding makes of a Rust error
+            raise ConfigError(f"llguidance cannot use this tokenizer for grammars: {error}") from None
+
+    def _source(self, grammar: Grammar) -> str:
+        """Return the grammar in the library's own form."""
+        from llguidance import LLMatcher, regex_to_lark
+
+        try:
+            if grammar.json_schema is not None:
+                text = json.dumps(dict(grammar.json_schema))
+                return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_DEFAULTS)  # type: ignore[arg-type]
+            if grammar.regex is not None:
+                # Its own \d takes the digits of every script, which few callers mean.
+                expression = regex_to_lark(grammar.regex, use_ascii="d")
+                return LLMatcher.grammar_from_lark(f"start: /{expression or '(?:)'}/")
+            return LLMatcher.grammar_from_lark(tools_lark(grammar.tools, self.tokenizer))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the grammar cannot be compiled: {error}") from None
+
+
+class GrammarConstraint:
+    """Follows one answer through its grammar. Once that is complete, and ended, only end tokens may come."""
+
+    def __init__(self, matcher: LLMatcher, eos_ids: Iterable[int], vocab_size: int) -> None:
+        self._matcher = matcher
+        self._ends = frozenset(eos_ids)
+        self._vocab_size = vocab_size
+        self._consumed = 0
+        self._ended = 0
+        """End tokens taken; the matcher never sees them, as it does not count those behind its own stop."""
+
+    def allowed(self) -> torch.Tensor:
+        """Return which tokens may come next (V,), on the CPU."""
+        allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+        if self._ended:
+            allowed_V[sorted(self._ends)] = True
+            return allowed_V
+        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        if self._matcher.is_error():
+            raise ConfigError(f"the grammar cannot be followed further: {self._matcher.get_error()}")
+        size = min(len(mask), self._vocab_size)
+        allowed_V[:size] = mask[:size]
+        return allowed_V
+
+    def advance(self, token: int) -> None:
+        """Move on by one token; raise `ValueError`, and stay, when the grammar does not allow it."""
+        if token in self._ends and (self._ended or self._matcher.is_accepting()):
+            self._ended += 1
+        elif not self._ended and token not in self._ends and self._matcher.try_consume_tokens([token]) == 1:
+            self._consumed += 1
+        else:
+            raise ValueError(f"token {token} does not follow the grammar; take one that `allowed` permits.")
+
+    def rollback(self, tokens: int) -> None:
+        """Take the last `tokens` tokens back."""
+        if not 0 <= tokens <= self._ended + self._consumed:
+            raise ValueError(f"cannot take {tokens} tokens back; there are {self._ended + self._consumed}.")
+        ended = min(tokens, self._ended)
+        self._ended -= ended
+        consumed = tokens - ended
+        if consumed and not self._matcher.rollback(consumed):
+            raise RuntimeError(f"llguidance cannot take {consumed} tokens back: {self._matcher.get_error()}")
+        self._consumed -= consumed
+
+
+def tools_lark(tools: Iterable[ToolSchema], tokenizer: Tokenizer) -> str:
+    """Return the Lark grammar of one or more calls, as `chat` prints them; raise `ConfigError` on a bad schema."""
+    opening, closing = tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")
+    functions = " | ".join(_function(tool) for tool in tools)
+    return f"start: call+\ncall: <[{opening}]> ({functions}) <[{closing}]>\n{_TERMINALS}"
+
+
+def _function(tool: ToolSchema) -> str:
+    """Return the expression of a call, between its two tool tokens."""
+    function = tool.get("function") or tool
+    name = function.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.:/-]*", name):
+        raise ConfigError(f"tool name {name!r} cannot be called; use letters, digits and any of _ - . : /")
+    schema = function.get("parameters") or {}
+    required = schema.get("required") or ()
+    properties = schema.get("properties") or {}
+    if missing := [key for key in required if key not in properties]:
+        raise ConfigError(f"tool '{name}' requires {missing}, which its properties {list(properties)} lack; add them.")
+    parameters = (_parameter(key, value, schema) + "?" * (key not in required) for key, value in properties.items())
+    return " ".join([_literal(f"\n<function={name}>\n"), *parameters, _literal("</function>\n")])
+
+
+def _parameter(key: str, schema: Any, root: Mapping[str, Any]) -> str:
+    if not re.fullmatch(r"[^>\n]+", key):
+        raise ConfigError(f"parameter name {key!r} cannot be written in a call; leave out '>' and newlines.")
+    opening, newline, closing = f"<parameter={key}>", "\n", "</parameter>\n"
+    forms = _forms(schema, root)
+    if forms is None:
+        return f"({_literal(opening)} TEXT)"
+    value = " | ".join(dict.fromkeys(forms))
+    return f"({_literal(opening + newline)} ({value}) {_literal(newline + closing)})"
+
+
+def _forms(schema: Any, root: Mapping[str, Any]) -> list[str] | None:
+    """Return the alternatives of a value, as expressions; None when it may be any text."""
+    schema = _resolve(schema, root)
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        return [_literal(_printed(value)) for value in values]
+    if alternatives := [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
+        nested = [_forms(alternative, root) for alternative in alternatives]
+    else:
+        declared = schema.get("type")
+        nested = [_typed(kind, schema, root) for kind in (declared if isinstance(declared, list) else [declared])]
+    forms: list[str] = []
+    for some in nested:
+        if some is None:
+            return None
+        forms += some
+    return forms
+
+
+def _typed(kind: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[str] | None:
+    """Return the alternatives of a value of one declared type; None for strings and what is not declared."""
+    if kind == "boolean":
+        return ['"True"', '"False"']
+    if kind == "null":
+        return ['"None"']
+    if kind in ("integer", "number"):
+        bounds = {key: schema[key] for key in _BOUNDS if key in schema}
+        return [_json({"type": kind} | bounds) if bounds else kind.upper()]
+    if kind in ("object", "array"):
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        return [_json({**shared, **schema, "type": kind})]
+    return None
+
+
+def _resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follow references to the definitions of the tool's parameters; what is no schema allows everything."""
+    for _ in range(16):
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str):
+            break
+        place: Any = root
+        for part in reference.removeprefix("#/").split("/"):
+            place = place.get(part) if isinstance(place, Mapping) else None
+        if place is None:
+            raise ConfigError(f"reference '{reference}' leads nowhere; define it in the tool's parameters.")
+        schema = place
+    return schema if isinstance(schema, Mapping) else {}
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON_IN_CALL}, ensure_ascii=False)
+
+
+def _printed(value: Any) -> str:
+    """Return a value as the chat format prints it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
