@@ -1,0 +1,94 @@
+"""Serve a model over HTTP in the dialects of OpenAI: chat, completions, tools, structured answers, metrics.
+
+SIGTERM and Ctrl-C let running answers end first; a second one ends them too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+from pydantic import Field
+
+from step35.cli.shipped import SHIPPED
+from step35.errors import ConfigError
+from step35.serve.settings import ServeSettings
+
+
+class Args(ServeSettings):
+    """What to serve, and where."""
+
+    path: tyro.conf.Positional[Path] = SHIPPED
+    """Checkpoint folder in the released layout; by default, the small model that comes with the package."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 picks a free one."""
+    model_name: str = ""
+    """Name that clients ask for; by default, that of the folder."""
+    dtype: str = "float32"
+    """Dtype of weights and computation: float32, bfloat16 or float16."""
+
+
+def main(args: Args) -> int:
+    """Load the model and serve it until a signal ends it."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"`step35 serve` needs {error.name}; install it: pip install 'step35[serve]'.") from None
+    from step35.engine.async_llm import AsyncLLM
+    from step35.runtime.device import set_threads
+
+    set_threads()
+    llm = AsyncLLM(args.path, dtype=args.dtype, max_batch=args.max_concurrent, **context(args))
+    try:
+        return serve(args, llm)
+    finally:
+        llm.close()
+
+
+def context(args: Args) -> dict[str, Any]:
+    """Return the context limit as the engine takes it, if one was given."""
+    return {} if args.max_context is None else {"max_context": args.max_context}
+
+
+def drafts(args: Args, llm: Any) -> int:
+    """Return the MTP drafts a step: those asked for, or one for each module."""
+    return len(llm.model.mtp) if args.speculate is None else args.speculate
+
+
+def serve(args: Args, llm: Any) -> int:
+    """Listen, say where, and answer."""
+    import socket
+
+    from step35.serve.app import create_app
+    from step35.serve.server import DrainingServer, log_to_stderr
+
+    name = args.model_name or args.path.resolve().name
+    given = {field: getattr(args, field) for field in ServeSettings.model_fields}
+    settings = ServeSettings(**given | {"speculate": drafts(args, llm)})
+    app = create_app(llm, llm.tokenizer, model_name=name, settings=settings)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}); choose another --port.") from None
+    log_to_stderr()
+    print(welcome(args, name, listener.getsockname()[1]), flush=True)
+    DrainingServer(app, host=args.host, port=args.port).run(sockets=[listener])
+    return 0
+
+
+def welcome(args: Args, name: str, port: int) -> str:
+    """Return the address and an example call."""
+    address = f"http://{args.host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if args.api_key else ""
+    question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is 4821 * 77?"}}]}}'
+    return (
+        f"serving {name} at {address}/v1\n\n"
+        f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{question}'\n"
+    )

@@ -1,0 +1,1 @@
+"""HTTP in front of any `AsyncSampler`: OpenAI's and Anthropic's dialects, limits, metrics."""

@@ -1,0 +1,48 @@
+"""uvicorn with a graceful end: the first signal stops new work and waits for what is running, the second ends it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from step35.serve.service import Service
+
+
+class DrainingServer(uvicorn.Server):
+    """Keeps answering while it drains, /health with a 503, so that a load balancer sees it go."""
+
+    def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
+        super().__init__(uvicorn.Config(app, host=host, port=port, lifespan="off", log_config=None, access_log=False))
+        self.service: Service = app.state.service
+        self.drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; on a second signal, leave."""
+        if self.drain_until is not None:
+            self.force_exit = True
+            super().handle_exit(sig, frame)
+            return
+        self.service.gate.draining = True
+        self.drain_until = time.monotonic() + self.service.settings.drain_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop, ten times a second."""
+        if self.drain_until is not None and (not self.service.gate.active or time.monotonic() > self.drain_until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def log_to_stderr() -> None:
+    """Send the access log, one JSON line a request, and uvicorn's complaints to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name, level in (("step35.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,0 +1,157 @@
+"""Keys, limits, disconnects, draining and errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from step35.errors import ConfigError
+
+CHAT = {"messages": [{"role": "user", "content": "secret words"}]}
+
+
+def post(server: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    """Return what the server answers."""
+    return httpx.post(server.url + path, timeout=10, **({"json": CHAT} | options))
+
+
+def test_the_key_is_asked_for_except_on_health(serve: Any) -> None:
+    server = serve(api_key="right")
+    with pytest.raises(openai.AuthenticationError) as caught:
+        server.client("wrong").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert server.client("right").models.list().data[0].id == "tiny"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "running": 0}
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+
+
+def test_long_bodies_are_refused_announced_or_not(serve: Any) -> None:
+    server = serve(max_body_bytes=100)
+    headers = {"Content-Type": "application/json"}
+    assert post(server, json={"messages": [{"role": "user", "content": "x" * 200}]}).status_code == 413
+    chunks = iter([b'{"messages": [{"role": "user", "content": "', b"x" * 200, b'"}]}'])
+    answer = post(server, json=None, content=chunks, headers=headers)
+    assert answer.status_code == 413
+    assert "100 bytes" in answer.json()["error"]["message"]
+
+
+def test_more_generations_than_allowed_get_a_429(serve: Any) -> None:
+    server = serve(stay=True, max_concurrent=1)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=10):
+        assert server.sampler.started.wait(2)
+        refused = post(server)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert post(server, json=CHAT | {"n": 2}).status_code == 400
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for two seconds at most."""
+    end = time.monotonic() + 2
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnect_ends_the_generation(serve: Any, stream: bool) -> None:
+    server = serve(stay=True)
+    with httpx.Client() as client:
+        try:
+            with client.stream(
+                "POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": stream}, timeout=0.1
+            ) as answer:
+                assert next(answer.iter_lines()).startswith("data: ")
+        except httpx.ReadTimeout:
+            assert not stream
+    assert server.sampler.closed.wait(2)
+    soon(lambda: server.app.state.service.gate.active == 0)
+
+
+def test_a_request_that_takes_too_long_ends(serve: Any) -> None:
+    server = serve(stay=True, request_timeout_s=0.05)
+    assert post(server).status_code == 504
+    assert server.sampler.closed.wait(1)
+    last = post(server, json=CHAT | {"stream": True}).text.strip().splitlines()[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_draining_refuses_new_work_and_waits_for_the_old(serve: Any) -> None:
+    server = serve(stay=True)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=10):
+        assert server.sampler.started.wait(2)
+        server.server.handle_exit(signal.SIGTERM, None)
+        health = httpx.get(f"{server.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "draining")
+        assert post(server).status_code == 503
+        assert server.thread.is_alive()
+    server.thread.join(2)
+    assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": []}, "messages"),
+        ({"functions": [{"name": "f"}]}, "functions is not served; give tools"),
+        ({"temperature": -1}, "temperature"),
+        ({"messages": [{"role": "narrator", "content": ""}]}, "messages.0.role='narrator'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text only"),
+        ({"reasoning_effort": "huge"}, "low, medium, high"),
+        ({"tool_choice": "required"}, "give tools"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
+        ({"top_logprobs": 99}, "top_logprobs"),
+    ],
+)
+def test_mistakes_are_named(serve: Any, fields: dict[str, Any], said: str) -> None:
+    answer = post(serve(), json=CHAT | fields)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_the_sampler_refuses_is_a_400_also_when_streaming(serve: Any) -> None:
+    server = serve(error=ConfigError("the prompt is too long; shorten it."))
+    for stream in (False, True):
+        answer = post(server, json=CHAT | {"stream": stream})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the prompt is too long; shorten it.")
+
+
+def test_other_failures(serve: Any) -> None:
+    server = serve(max_context=5)
+    too_long = post(server)
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert post(server, json=CHAT | {"model": "other"}).json()["error"]["code"] == "model_not_found"
+    assert post(server, "/v1/nothing").json()["error"]["type"] == "not_found_error"
+    not_json = post(server, json=None, content=b"{", headers={"Content-Type": "application/json"})
+    assert not_json.json()["error"]["code"] == "invalid_json"
+
+
+def test_metrics_count_requests_tokens_and_show_the_sampler(serve: Any) -> None:
+    server = serve()
+    post(server)
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'step35_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+    assert "step35_engine_cache_tokens 7.0" in text
+    assert "step35_time_to_first_token_seconds_count 1.0" in text
+    assert 'step35_tokens_total{kind="generated"}' in text
+
+
+def test_the_access_log_is_json_without_the_prompt(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "step35.serve.access"):
+        answer = post(serve())
+    [line] = [record.getMessage() for record in caplog.records if record.name == "step35.serve.access"]
+    entry = json.loads(line)
+    assert (entry["path"], entry["status"], entry["method"]) == ("/v1/chat/completions", 200, "POST")
+    assert entry["id"] == answer.headers["x-request-id"]
+    assert "secret" not in line
