@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from step35.api.sampling import SamplingParams
+from step35.config.cost import cost
 from step35.engine.engine import Engine
 from step35.engine.request import Request
 from step35.model.step35 import Step35
@@ -150,3 +151,14 @@ def test_new_weights_while_requests_run(model: Step35, build_model: Any, in_flig
     assert early.versions == ([0] * 5 + [7] * 7 if in_flight == "continue" else [0] * 12)
     if in_flight == "finish":
         assert_as_full_passes(model, early)
+
+
+@pytest.mark.parametrize("length", [5, 40, 200])
+def test_memory_follows_the_cost_model(model: Step35, length: int) -> None:
+    engine = Engine(model, (1, 3), max_context=300)
+    [request] = engine.create([prompt(0, length, 1)], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+    engine.add(request)
+    engine.step()
+    predicted = cost(model.config, request.computed, cache_bytes=4).cache_bytes
+    rounding = 16 * engine.cache.token_bytes["full"] + 2 * 16 * engine.cache.token_bytes["window"]
+    assert predicted <= engine.cache.bytes_held(request) <= predicted + rounding
