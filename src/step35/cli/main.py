@@ -32,7 +32,7 @@ VERBS = {
     "convert": "rewrite a model: another dtype, FP8 blocks, GGUF for llama.cpp, and back",
     "generate": "continue a text",
     "chat": "talk to a model that can use tools",
-    "serve": "serve a model over HTTP, in OpenAI's dialect",
+    "serve": "serve a model over HTTP, in the dialects of OpenAI and Anthropic",
     "runs": "list, show, plot and watch runs",
 }
 

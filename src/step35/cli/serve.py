@@ -1,4 +1,4 @@
-"""Serve a model over HTTP in the dialects of OpenAI: chat, completions, tools, structured answers, metrics.
+"""Serve a model over HTTP in the dialects of OpenAI and Anthropic: chat, tools, structured answers, metrics.
 
 SIGTERM and Ctrl-C let running answers end first; a second one ends them too.
 """
