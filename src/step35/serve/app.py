@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from step35.api.sampler import AsyncSampler
 from step35.data.tokenizer import Tokenizer
-from step35.serve import admin, anthropic, errors, openai_chat, openai_completions
+from step35.serve import admin, anthropic, errors, openai_chat, openai_completions, responses
 from step35.serve.gate import Gate
 from step35.serve.limits import AccessLog, Authorization, BodyLimit
 from step35.serve.service import Service
@@ -26,7 +26,7 @@ def create_app(
     service = Service(sampler, tokenizer, model_name, settings, Gate(settings.max_concurrent), Telemetry(sampler))
     app = FastAPI(title=f"step35: {model_name}", docs_url=None, redoc_url=None)
     app.state.service = service
-    for dialect in (openai_chat, openai_completions, anthropic, admin):
+    for dialect in (openai_chat, openai_completions, responses, anthropic, admin):
         app.include_router(dialect.router(service))
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
