@@ -16,7 +16,6 @@ from step35.api.sampler import Completion, Update
 from step35.api.sampling import SamplingParams
 from step35.cli.shipped import SHIPPED
 from step35.data.tokenizer import StreamDecoder, Tokenizer
-from step35.errors import ConfigError
 from step35.serve.app import create_app
 from step35.serve.server import DrainingServer
 from step35.serve.settings import ServeSettings
@@ -100,7 +99,7 @@ def serve(tokenizer: Tokenizer) -> Iterator[Callable[..., Server]]:
     """Return a function from texts to say, and settings, to a running server."""
     servers: list[Server] = []
 
-    def start(*texts: str, stay: bool = False, error: ConfigError | None = None, **settings: Any) -> Server:
+    def start(*texts: str, stay: bool = False, error: Exception | None = None, **settings: Any) -> Server:
         sampler = FakeSampler(tokenizer, stay=stay, error=error)
         sampler.texts = list(texts) or sampler.texts
         servers.append(Server(sampler, ServeSettings(**settings)))

@@ -127,6 +127,12 @@ def test_what_the_sampler_refuses_is_a_400_also_when_streaming(serve: Any) -> No
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the prompt is too long; shorten it.")
 
 
+def test_a_bug_is_a_bare_500(serve: Any) -> None:
+    answer = post(serve(error=RuntimeError("a secret path")))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+
+
 def test_other_failures(serve: Any) -> None:
     server = serve(max_context=5)
     too_long = post(server)

@@ -19,6 +19,8 @@ TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
+INTERNAL = "internal_error"
+"""Code of failures that are bugs: the log has the traceback, the client does not."""
 ANTHROPIC_PATH = "/v1/messages"
 
 
@@ -61,7 +63,7 @@ def as_api_error(error: Exception) -> ApiError:
         return _validation(error)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail), status=error.status_code, headers=error.headers)
-    return ApiError("the server failed on this request; its log says why.", status=500, code="internal_error")
+    return ApiError("the server failed on this request; its log says why.", status=500, code=INTERNAL)
 
 
 def install(app: FastAPI) -> None:

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from step35.serve.errors import as_api_error
+from step35.serve.errors import INTERNAL, as_api_error
 
 T = TypeVar("T")
 Events = AsyncGenerator[dict[str, Any] | str, None]
@@ -90,8 +90,10 @@ class EventStream(Response):
         except Exception as error:
             if isinstance(error, OSError):
                 raise
-            logging.getLogger("step35.serve").debug("a stream failed", exc_info=error)
-            body = self._line(as_api_error(error).body(self.path))
+            shown = as_api_error(error)
+            if shown.code == INTERNAL:
+                logging.getLogger("step35.serve").error("a stream failed", exc_info=error)
+            body = self._line(shown.body(self.path))
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
