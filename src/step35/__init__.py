@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from step35.api.sampling import SamplingParams
     from step35.data import chat
     from step35.data.tokenizer import load_tokenizer
+    from step35.engine.async_llm import AsyncLLM
     from step35.engine.llm import LLM
     from step35.model.weights import load_model, save_model
 
-__all__ = ["LLM", "SamplingParams", "__version__", "chat", "load_model", "load_tokenizer", "save_model"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__", "chat", "load_model", "load_tokenizer", "save_model"]
 
 _HOMES = {
+    "AsyncLLM": "step35.engine.async_llm",
     "LLM": "step35.engine.llm",
     "SamplingParams": "step35.api.sampling",
     "load_model": "step35.model.weights",
