@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_cases import FIXTURES, TOOLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -13,20 +13,7 @@ from step35.data import chat
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.errors import DataError
 
-FIXTURES: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "chat_renderings.json").read_text(encoding="utf-8")
-)
 NAMES = [fixture["name"] for fixture in FIXTURES]
-TYPES = {
-    "text": {"type": "string"},
-    "count": {"type": "integer"},
-    "ratio": {"type": "number"},
-    "flag": {"type": "boolean"},
-    "table": {"type": "object"},
-    "rows": {"type": "array"},
-    "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-}
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": TYPES}}}]
 
 
 @pytest.fixture(scope="module")

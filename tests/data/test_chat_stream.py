@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_cases import FIXTURES, TOOLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,19 +13,6 @@ from step35.data import chat
 from step35.data.chat_parse import parse
 from step35.data.chat_stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd, ToolCallStart, TurnParser
 
-GOLDEN: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "chat_renderings.json").read_text(encoding="utf-8")
-)
-TYPES = {
-    "text": {"type": "string"},
-    "count": {"type": "integer"},
-    "ratio": {"type": "number"},
-    "flag": {"type": "boolean"},
-    "table": {"type": "object"},
-    "rows": {"type": "array"},
-    "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-}
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": TYPES}}}]
 QUESTION: Any = {"role": "user", "content": "q"}
 
 
@@ -164,7 +150,7 @@ def test_output_cut_off_anywhere_parses_alike_in_pieces(name: str) -> None:
         assert streamed([*text[:length], "<|im_", "end|>"]) == expected
 
 
-@pytest.mark.parametrize("fixture", GOLDEN, ids=lambda fixture: fixture["name"])
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda fixture: fixture["name"])
 def test_golden_conversations(fixture: dict[str, Any]) -> None:
     tools = fixture.get("tools")
     pieces = chat.segments(fixture["messages"], tools)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from step35.api.messages import Message, ToolCall, ToolSchema
 from step35.data.chat_parse import parse
+from step35.data.chat_values import value_text
 from step35.errors import DataError
 
 if TYPE_CHECKING:
@@ -224,13 +225,8 @@ def _assistant_turn(message: Message, content: str, *, thinking: bool) -> Iterat
 
 def _call_text(call: ToolCall) -> str:
     name, arguments = read_call(call)
-    parameters = "".join(f"<parameter={key}>\n{_value_text(value)}\n</parameter>\n" for key, value in arguments.items())
+    parameters = "".join(f"<parameter={key}>\n{value_text(value)}\n</parameter>\n" for key, value in arguments.items())
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
-
-
-def _value_text(value: Any) -> str:
-    """JSON for containers, Python's `str` for the rest: so true is `True` on its own, `true` in a list."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
 
 
 def _text(content: Any) -> str:

@@ -11,14 +11,13 @@ and the blanks inside tags are bounded, so what is left is short, and the work i
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from step35.api.messages import Message, ToolCall, ToolSchema
+from step35.data.chat_values import properties, typed
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,6 @@ _VALUE = (
     ),
 )
 _LAST_VALUE = (re.compile(_value_end(r"|\Z") + r"|\n?\Z"), _VALUE[1])
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "object": (dict,),
-    "array": (list,),
-}
-_PYTHON_LITERALS = {"True": True, "False": False, "None": None}
 
 
 class TurnParser:
@@ -247,7 +237,7 @@ class TurnParser:
         # The tag's newline is left in the value until here: an empty value may share it with the tag after it.
         value = "".join(self._value).removeprefix("\n")
         self._value.clear()
-        self._arguments[self._key] = _typed(value, _properties(self._name, self._tools).get(self._key))
+        self._arguments[self._key] = typed(value, properties(self._name, self._tools).get(self._key))
         self._read = self._read_parameter
         return True
 
@@ -314,53 +304,3 @@ class TurnParser:
         self._calls.append(ToolCall(id=f"call_{index}", type="function", function=function))
         self._events.append(ToolCallEnd(index, name, arguments))
         self._read = self._read_content
-
-
-def _properties(name: str, tools: Sequence[ToolSchema]) -> dict[str, Any]:
-    """Return the parameter schemas of the tool `name`; empty when unknown."""
-    for tool in tools:
-        function = tool.get("function") or tool
-        if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties")
-            return properties if isinstance(properties, dict) else {}
-    return {}
-
-
-def _typed(text: str, schema: Any) -> Any:
-    """Convert `text` to a type that `schema` declares, or return it unchanged."""
-    declared = _declared_types(schema)
-    kinds = tuple(kind for name in declared for kind in _KINDS.get(name, ()))
-    # Without a declared type, or where a string is welcome, only a declared null can change the text.
-    if not kinds or "string" in declared:
-        return None if "null" in declared and text.strip() in ("None", "null") else text
-    try:
-        value = _read_value(text.strip())
-    except (ValueError, RecursionError):
-        return text
-    if value is None:  # an optional parameter that the template printed as None
-        return None
-    if isinstance(value, bool) and bool not in kinds:  # True is an int to Python
-        return text
-    if isinstance(value, float) and float not in kinds:
-        return int(value) if int in kinds and value.is_integer() else text
-    return value if isinstance(value, kinds) else text
-
-
-def _read_value(text: str) -> Any:
-    if text in _PYTHON_LITERALS:
-        return _PYTHON_LITERALS[text]
-    value = json.loads(text)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("not a number that JSON can carry")
-    return value
-
-
-def _declared_types(schema: Any) -> set[str]:
-    """Collect the type names of a parameter schema, alternatives included."""
-    if not isinstance(schema, dict):
-        return set()
-    declared = schema.get("type")
-    names = {name for name in (declared if isinstance(declared, list) else [declared]) if isinstance(name, str)}
-    for alternative in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
-        names |= _declared_types(alternative)
-    return names

@@ -21,6 +21,7 @@ import torch
 
 from step35.api.messages import ToolSchema
 from step35.api.sampling import Grammar
+from step35.data.chat_values import value_text
 from step35.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from step35.errors import ConfigError
 
@@ -188,7 +189,7 @@ def _forms(schema: Any, root: Mapping[str, Any]) -> list[str] | None:
     schema = _resolve(schema, root)
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        return [_literal(_printed(value)) for value in values]
+        return [_literal(value_text(value)) for value in values]
     if alternatives := [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
         nested = [_forms(alternative, root) for alternative in alternatives]
     else:
@@ -234,11 +235,6 @@ def _resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": _JSON_IN_CALL}, ensure_ascii=False)
-
-
-def _printed(value: Any) -> str:
-    """Return a value as the chat format prints it."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
 
 
 def _literal(text: str) -> str:
