@@ -43,16 +43,11 @@ def main(args: Args) -> int:
     from step35.runtime.device import set_threads
 
     set_threads()
-    llm = AsyncLLM(args.path, dtype=args.dtype, max_batch=args.max_concurrent, **context(args))
+    llm = AsyncLLM(args.path, dtype=args.dtype, max_batch=args.max_concurrent, max_context=args.max_context)
     try:
         return serve(args, llm)
     finally:
         llm.close()
-
-
-def context(args: Args) -> dict[str, Any]:
-    """Return the context limit as the engine takes it, if one was given."""
-    return {} if args.max_context is None else {"max_context": args.max_context}
 
 
 def drafts(args: Args, llm: Any) -> int:

@@ -9,7 +9,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from step35.data import chat
-from step35.serve.errors import ApiError
 from step35.serve.messages import chat_messages
 from step35.serve.openai_schema import DetokenizeRequest, TokenizeRequest
 from step35.serve.service import Service
@@ -37,9 +36,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        vocabulary = service.tokenizer.vocab_size
-        if bad := [token for token in body.tokens if not 0 <= token < vocabulary]:
-            raise ApiError(f"token id {bad[0]} is not in the vocabulary, 0 to {vocabulary - 1}.", param="tokens")
+        service.check_ids(body.tokens, "tokens")
         text = service.tokenizer.decode(body.tokens)
         return {"text": text, "prompt": text}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
 from step35.data.chat_stream import ContentDelta, Event, ReasoningDelta, ToolCallStart
@@ -16,7 +16,7 @@ from step35.serve.anthropic_schema import CountRequest, MessagesRequest, openai_
 from step35.serve.messages import chat_messages
 from step35.serve.reading import Reading
 from step35.serve.service import Service
-from step35.serve.sse import Events, EventStream, primed, with_client
+from step35.serve.sse import Events, respond
 from step35.serve.thinking import choose
 from step35.serve.turn import Generation, ToolChoice, chat_generation
 
@@ -30,10 +30,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/messages", response_model=None)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answer = MessageAnswer(service, body)
-        if body.stream:
-            return EventStream(await primed(request, answer.events()), named=True, path=request.url.path)
-        return JSONResponse(await with_client(request, answer.whole()))
+        return await respond(request, MessageAnswer(service, body), stream=body.stream, named=True)
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest) -> dict[str, int]:

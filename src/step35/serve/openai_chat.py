@@ -8,7 +8,7 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
 from step35.data.chat_stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd, ToolCallStart
@@ -17,7 +17,7 @@ from step35.serve.messages import chat_messages
 from step35.serve.openai_schema import ChatRequest, NamedChoice, ResponseFormat
 from step35.serve.reading import Reading, Step, usage
 from step35.serve.service import Run, Service
-from step35.serve.sse import Events, EventStream, primed, with_client
+from step35.serve.sse import Events, respond
 from step35.serve.thinking import choose
 from step35.serve.turn import Generation, ToolChoice, chat_generation
 
@@ -29,10 +29,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answer = ChatAnswer(service, body)
-        if body.stream:
-            return EventStream(await primed(request, answer.chunks()))
-        return JSONResponse(await with_client(request, answer.whole()))
+        return await respond(request, ChatAnswer(service, body), stream=body.stream)
 
     return routes
 
@@ -98,7 +95,7 @@ class ChatAnswer:
             answer["prompt_token_ids"] = list(readings[0].generation.prompt)
         return answer
 
-    async def chunks(self) -> Events:
+    async def events(self) -> Events:
         """Yield the chunks as they come, then usage if asked for, then the end mark."""
         steps, begun = self.run.steps(), set[int]()
         try:

@@ -7,14 +7,14 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from step35.serve.errors import ApiError
 from step35.serve.logprobs import text_logprobs
 from step35.serve.openai_schema import CompletionRequest
 from step35.serve.reading import Reading, Step, usage
 from step35.serve.service import Service
-from step35.serve.sse import Events, EventStream, primed, with_client
+from step35.serve.sse import Events, respond
 from step35.serve.turn import Generation, sampling_params
 
 
@@ -25,10 +25,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answer = TextAnswer(service, body)
-        if body.stream:
-            return EventStream(await primed(request, answer.chunks()))
-        return JSONResponse(await with_client(request, answer.whole()))
+        return await respond(request, TextAnswer(service, body), stream=body.stream)
 
     return routes
 
@@ -41,9 +38,8 @@ def prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     found = [service.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
     if not found or not all(found):
         raise ApiError("a prompt is empty; give at least one token.", param="prompt")
-    vocabulary = service.tokenizer.vocab_size
-    if bad := [token for ids in found for token in ids if not 0 <= token < vocabulary]:
-        raise ApiError(f"token id {bad[0]} is not in the vocabulary, 0 to {vocabulary - 1}.", param="prompt")
+    for ids in found:
+        service.check_ids(ids, "prompt")
     return found
 
 
@@ -78,7 +74,7 @@ class TextAnswer:
         choices = [self._choice(index, reading) for index, reading in enumerate(readings)]
         return {**self.head, "choices": choices, "usage": usage(readings)}
 
-    async def chunks(self) -> Events:
+    async def events(self) -> Events:
         """Yield the chunks as they come, then usage if asked for, then the end mark."""
         steps, lengths = self.run.steps(), [0] * len(self.run.readings)
         try:

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
 from step35.serve.messages import chat_messages
@@ -15,7 +15,7 @@ from step35.serve.reading import usage
 from step35.serve.response_items import Items
 from step35.serve.responses_schema import NamedTool, ResponsesRequest, TextFormat
 from step35.serve.service import Service
-from step35.serve.sse import Events, EventStream, primed, with_client
+from step35.serve.sse import Events, respond
 from step35.serve.thinking import choose
 from step35.serve.turn import Generation, ToolChoice, chat_generation
 
@@ -27,10 +27,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/responses", response_model=None)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answer = ResponseAnswer(service, body)
-        if body.stream:
-            return EventStream(await primed(request, answer.events()), named=True)
-        return JSONResponse(await with_client(request, answer.whole()))
+        return await respond(request, ResponseAnswer(service, body), stream=body.stream, named=True)
 
     return routes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from step35.api.sampler import AsyncSampler
@@ -48,6 +48,12 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_ids(self, ids: Iterable[int], param: str) -> None:
+        """Raise a 400 for a token id that is not in the vocabulary."""
+        vocabulary = self.tokenizer.vocab_size
+        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+            raise ApiError(f"token id {bad[0]} is not in the vocabulary, 0 to {vocabulary - 1}.", param=param)
 
 
 @dataclass

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from step35.serve.errors import INTERNAL, as_api_error
@@ -24,6 +24,25 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 class ClientGone(Exception):
     """The client closed its connection before there was an answer."""
+
+
+class Answer(Protocol):
+    """The answer to one request; only one of the two is asked for."""
+
+    async def whole(self) -> dict[str, Any]:
+        """Return it once it has ended."""
+        ...
+
+    def events(self) -> Events:
+        """Yield it as it comes."""
+        ...
+
+
+async def respond(request: Request, answer: Answer, *, stream: bool, named: bool = False) -> Response:
+    """Return the answer, streamed or whole; `named` events carry their type in a line of its own."""
+    if stream:
+        return EventStream(await primed(request, answer.events()), named=named, path=request.url.path)
+    return JSONResponse(await with_client(request, answer.whole()))
 
 
 async def with_client(request: Request, work: Coroutine[Any, Any, T]) -> T:
