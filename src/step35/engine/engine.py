@@ -20,13 +20,15 @@ from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
 from step35.data.tokenizer import Tokenizer
 from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.grammar import GrammarCompiler
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.runner import Runner
-from step35.engine.sampling import Place, adjust, choose, most_likely
+from step35.engine.sampling import Place, adjust, choose, most_likely, shifts_logits
 from step35.engine.scheduler import Rows, Scheduler
 from step35.engine.speculative import DepthControl
 from step35.engine.stop_text import StopText
+from step35.engine.thinking import build_constraint
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
@@ -72,7 +74,7 @@ class Engine:
         self.runner = Runner(model, self.cache)
         self.scheduler = Scheduler(self.cache, max_batch=max_batch, max_pass_tokens=max_pass_tokens)
         self.depths = DepthControl(len(model.mtp)) if adaptive_depth else None
-        self._grammars: Any = None
+        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.config.vocab_size)
         self._new_weights: tuple[Mapping[str, Any], int] | None = None
         self._weights_taken = 0
 
@@ -183,7 +185,7 @@ class Engine:
     def _follow_text(self, request: Request, stream_text: bool) -> None:
         """Give the request what it needs to know of its text."""
         params = request.params
-        if self.tokenizer is None:
+        if self.tokenizer is None or self._grammars is None:
             if stream_text or params.stop or params.grammar is not None or params.thinking_budget is not None:
                 raise ConfigError(
                     "text streams, stop texts, grammars and thinking budgets need a tokenizer; give the engine one."
@@ -191,12 +193,7 @@ class Engine:
             return
         if stream_text or params.stop:
             request.text = StopText(self.tokenizer, params.stop, skip_special=not stream_text)
-        if params.grammar is not None or params.thinking_budget is not None:
-            from step35.engine.grammar import GrammarCompiler
-            from step35.engine.thinking import build_constraint
-
-            self._grammars = self._grammars or GrammarCompiler(self.tokenizer, self.model.config.vocab_size)
-            request.constraint = build_constraint(params, self.tokenizer, self._grammars)
+        request.constraint = build_constraint(params, self.tokenizer, self._grammars)
 
     def _draft(self, requests: list[Request]) -> None:
         """Let module after module propose a token behind what is known and proposed so far.
@@ -248,7 +245,8 @@ class Engine:
 
     def _places(self, request: Request) -> list[Place]:
         """Return what decides each place: its number, and the tokens and masks that hold if all drafts are right."""
-        answer, constraint = request.generated, request.constraint
+        answer = request.generated if shifts_logits(request.params) else []  # long, and read by penalties alone
+        constraint = request.constraint
         places, followed, dead = [], 0, False
         for ahead in range(1 + len(request.drafts)):
             allowed = None if constraint is None or dead else constraint.allowed()

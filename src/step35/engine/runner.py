@@ -39,17 +39,22 @@ class PagedContext(Context):
         device = cache.keys[0].device
         positions = [p for r in rows for p in range(r.start, r.end)]
         super().__init__(torch.tensor([positions], device=device))
-        self.cache, self.first = cache, first
+        self.cache, self.rows, self.first = cache, rows, first
+        self._slots: dict[tuple[str, int], Tensor] = {}
+        self._views: dict[tuple[int, int | None], View] = {}
         self.groups = [list(group) for _, group in groupby(rows, key=lambda r: r.count)]
-        self.slots = {
-            kind: torch.tensor([slot(r, p, kind) for r in rows for p in range(r.start, r.end)], device=device)
-            for kind in ("full", "window")
-        }
+
+    def slots(self, kind: str, back: int = 0) -> Tensor:
+        """Return the slot of every row (N,), or of the position `back` before it."""
+        if (kind, back) not in self._slots:
+            slots = [slot(r, p - back, kind) for r in self.rows for p in range(r.start, r.end)]
+            self._slots[kind, back] = torch.tensor(slots, device=self.positions_BT.device)
+        return self._slots[kind, back]
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
         """Store the new keys and values, then attend over all that each row may see; returns (1, N, H, C)."""
         kind = "full" if layer.window is None else "window"
-        self.cache.write(layer, self.slots[kind], k_BTKC[0], v_BTKC[0])
+        self.cache.write(layer, self.slots(kind), k_BTKC[0], v_BTKC[0])
         outputs, done = [], 0
         for number, group in enumerate(self.groups):
             rows = len(group) * group[0].count
@@ -61,12 +66,9 @@ class PagedContext(Context):
         return torch.cat(outputs)[None]
 
     def _view(self, group: int, window: int | None) -> View:
-        key = ("view", group, window)
-        if key not in self._memo:
-            self._memo[key] = self._build_view(self.groups[group], window)
-        view = self._memo[key]
-        assert isinstance(view, View)
-        return view
+        if (group, window) not in self._views:
+            self._views[group, window] = self._build_view(self.groups[group], window)
+        return self._views[group, window]
 
     def _build_view(self, group: list[Rows], window: int | None) -> View:
         """Lay the visible slots of each request side by side, padded behind the last."""
@@ -107,7 +109,7 @@ class Runner:
         context = PagedContext(self.cache, rows, 0)
         h_ND = self.model.trunk(self._tokens(rows), context)[0]
         if self.cache.hidden:
-            self.cache.hidden[0].index_copy_(0, context.slots["window"], h_ND)
+            self.cache.hidden[0].index_copy_(0, context.slots("window"), h_ND)
         return h_ND
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
@@ -117,10 +119,9 @@ class Runner:
         """
         module = self.model.mtp[k]
         context = PagedContext(self.cache, rows, k + 1)
-        device = context.positions_BT.device
-        before = torch.tensor([slot(r, p - 1, "window") for r in rows for p in range(r.start, r.end)], device=device)
-        state: Tensor = module(self.model.embed(self._tokens(rows)), self.cache.hidden[k][before][None], context)[0]
-        self.cache.hidden[k + 1].index_copy_(0, context.slots["window"], state)
+        before_ND = self.cache.hidden[k][context.slots("window", back=1)]
+        state: Tensor = module(self.model.embed(self._tokens(rows)), before_ND[None], context)[0]
+        self.cache.hidden[k + 1].index_copy_(0, context.slots("window"), state)
         return state
 
     def draft(self, k: int, rows: Sequence[Rows]) -> list[int]:

@@ -28,14 +28,14 @@ class Place:
     uniform: float
     prompt: Sequence[int] = ()
     answer: Sequence[int] = ()
-    """Tokens generated before this place, drafts that are taken for granted included."""
+    """Tokens generated before this place, drafts that are taken for granted included; only penalties need them."""
     allowed: Tensor | None = None
     """Which tokens a constraint permits (V,)."""
 
 
 def adjust(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     """Apply bias, penalties and masks row by row where a place asks for any; otherwise return the logits untouched."""
-    rows = {n: place for n, place in enumerate(places) if place.allowed is not None or _shifts(place.params)}
+    rows = {n: place for n, place in enumerate(places) if place.allowed is not None or shifts_logits(place.params)}
     if not rows:
         return logits_NV
     logits_NV = logits_NV.clone()
@@ -46,7 +46,8 @@ def adjust(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     return logits_NV
 
 
-def _shifts(params: SamplingParams) -> bool:
+def shifts_logits(params: SamplingParams) -> bool:
+    """Return whether penalties or a bias move the logits."""
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     return bool(penalised or params.logit_bias)
 
