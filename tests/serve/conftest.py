@@ -15,10 +15,10 @@ import pytest
 from step35.api.sampler import Completion, Update
 from step35.api.sampling import SamplingParams
 from step35.cli.shipped import SHIPPED
+from step35.config.serve import ServeSettings
 from step35.data.tokenizer import StreamDecoder, Tokenizer
 from step35.serve.app import create_app
 from step35.serve.server import DrainingServer
-from step35.serve.settings import ServeSettings
 
 
 @dataclass

@@ -12,8 +12,8 @@ import tyro
 from pydantic import Field
 
 from step35.cli.shipped import SHIPPED
+from step35.config.serve import ServeSettings
 from step35.errors import ConfigError
-from step35.serve.settings import ServeSettings
 
 
 class Args(ServeSettings):

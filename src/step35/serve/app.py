@@ -6,12 +6,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from step35.api.sampler import AsyncSampler
+from step35.config.serve import ServeSettings
 from step35.data.tokenizer import Tokenizer
 from step35.serve import admin, anthropic, errors, openai_chat, openai_completions, responses
 from step35.serve.gate import Gate
 from step35.serve.limits import AccessLog, Authorization, BodyLimit
 from step35.serve.service import Service
-from step35.serve.settings import ServeSettings
 from step35.serve.sse import ClientGone
 from step35.serve.telemetry import Telemetry
 

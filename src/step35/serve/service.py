@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from step35.api.sampler import AsyncSampler
+from step35.config.serve import ServeSettings
 from step35.data.tokenizer import Tokenizer
 from step35.serve.errors import ApiError
 from step35.serve.gate import Gate
 from step35.serve.reading import Reading, Step
-from step35.serve.settings import ServeSettings
 from step35.serve.telemetry import Telemetry
 from step35.serve.turn import Generation
 

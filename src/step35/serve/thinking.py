@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from step35.api.messages import Message
+from step35.config.serve import ServeSettings
 from step35.data.tokenizer import Tokenizer
 from step35.serve.errors import ApiError
-from step35.serve.settings import ServeSettings
 
 CLOSED_BLOCK = "\n</think>\n"
 """After the generation prompt, which opens the block: an empty block, as the chat format prints one."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from step35.api.messages import Message, ToolSchema
 from step35.api.sampling import Grammar, SamplingParams
+from step35.config.serve import ServeSettings
 from step35.data import chat
 from step35.data.tokenizer import Tokenizer
 from step35.serve.errors import ApiError
-from step35.serve.settings import ServeSettings
 from step35.serve.thinking import CLOSED_BLOCK, Thinking
 
 FORBID = -100.0

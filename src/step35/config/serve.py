@@ -1,4 +1,4 @@
-"""Every knob of the server. Part of `serve/`; the command line shows the field texts as its help."""
+"""Every knob of the server; the command line shows the field texts as its help."""
 
 from __future__ import annotations
 
