@@ -15,10 +15,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# The live page in a real browser; `make test` leaves these out where there is none.
+# The live page and the chat page in a real browser; `make test` leaves these out where there is none.
 test-browser: $(STAMP)
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "no Chromium; install it: apt install chromium"; exit 1; }
-	$(BIN)/python -m pytest tests/cli/test_watch_browser.py
+	$(BIN)/python -m pytest tests/cli/test_watch_browser.py tests/serve/test_page_browser.py
 
 # Our numbers against transformers, vLLM and llama.cpp; the first time installs them under .interop/ (12 minutes).
 interop: $(STAMP)

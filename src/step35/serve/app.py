@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from step35.api.sampler import AsyncSampler
 from step35.config.serve import ServeSettings
 from step35.data.tokenizer import Tokenizer
-from step35.serve import admin, anthropic, errors, openai_chat, openai_completions, responses
+from step35.serve import admin, anthropic, errors, openai_chat, openai_completions, page, responses
 from step35.serve.gate import Gate
 from step35.serve.limits import AccessLog, Authorization, BodyLimit
 from step35.serve.service import Service
@@ -28,6 +28,7 @@ def create_app(
     app.state.service = service
     for dialect in (openai_chat, openai_completions, responses, anthropic, admin):
         app.include_router(dialect.router(service))
+    app.include_router(page.router())
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from step35.serve.errors import ApiError
 from step35.serve.telemetry import Telemetry
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/", "/health")
 ACCESS_LOG = logging.getLogger("step35.serve.access")
 
 

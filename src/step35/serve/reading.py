@@ -42,6 +42,7 @@ class Reading:
         self.reasoning = self.content = ""
         self.reasoning_tokens = 0
         self.cached_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.finish_reason: str | None = None
 
     async def steps(self, sampler: AsyncSampler) -> AsyncGenerator[Step, None]:
@@ -64,6 +65,8 @@ class Reading:
         events = self._parse(update)
         if update.completion:
             self.cached_tokens = update.completion.cached_tokens
+            self.drafted_tokens = sum(update.completion.drafted)
+            self.accepted_tokens = sum(update.completion.accepted)
         if update.finish_reason == "stop" and self.calls:
             self.finish_reason = "tool_calls"
         else:
@@ -99,13 +102,21 @@ class Reading:
 
 
 def usage(readings: list[Reading]) -> dict[str, Any]:
-    """Return OpenAI's usage object; choices of one request share its prompt."""
+    """Return OpenAI's usage object; choices of one request share its prompt.
+
+    Predictions are the drafts of speculation; rejected ones, unlike OpenAI's, are not among the completion's tokens.
+    """
     prompt = sum(len(ids) for ids in {reading.generation.prompt for reading in readings})
     completion = sum(len(reading.token_ids) for reading in readings)
+    accepted = sum(reading.accepted_tokens for reading in readings)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": min(prompt, max(reading.cached_tokens for reading in readings))},
-        "completion_tokens_details": {"reasoning_tokens": sum(reading.reasoning_tokens for reading in readings)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(reading.reasoning_tokens for reading in readings),
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(reading.drafted_tokens for reading in readings) - accepted,
+        },
     }
