@@ -95,7 +95,7 @@ def test_tokens_are_counted(serve: Any, tokenizer: Any) -> None:
 
 
 def test_errors_have_the_shape_of_the_dialect(serve: Any) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="cannot read"):
+    with pytest.raises(anthropic.BadRequestError, match="reads text only"):
         ask(serve(), messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}])
     with pytest.raises(anthropic.NotFoundError) as caught:
         ask(serve(), model="claude")

@@ -69,6 +69,8 @@ def _declared_types(schema: Any) -> set[str]:
         return set()
     declared = schema.get("type")
     names = {name for name in (declared if isinstance(declared, list) else [declared]) if isinstance(name, str)}
-    for alternative in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
-        names |= _declared_types(alternative)
+    for key in ("anyOf", "oneOf"):
+        alternatives = schema.get(key)
+        for alternative in alternatives if isinstance(alternatives, list) else ():
+            names |= _declared_types(alternative)
     return names

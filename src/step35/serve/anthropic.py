@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
 from step35.data.chat_stream import ContentDelta, Event, ReasoningDelta, ToolCallStart
+from step35.serve.answer_schema import AnthropicErrorAnswer, MessageObject, TokenCount, answers
 from step35.serve.anthropic_schema import CountRequest, MessagesRequest, openai_messages, openai_tools
 from step35.serve.messages import chat_messages
 from step35.serve.reading import Reading
@@ -27,12 +28,16 @@ def router(service: Service) -> APIRouter:
     """Return the routes."""
     routes = APIRouter()
 
-    @routes.post("/v1/messages", response_model=None)
+    @routes.post(
+        "/v1/messages",
+        response_model=None,
+        responses=answers(MessageObject, stream=True, errors=AnthropicErrorAnswer),
+    )
     async def messages(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
         return await respond(request, MessageAnswer(service, body), stream=body.stream, named=True)
 
-    @routes.post("/v1/messages/count_tokens")
+    @routes.post("/v1/messages/count_tokens", responses=answers(TokenCount, errors=AnthropicErrorAnswer))
     async def count_tokens(body: CountRequest) -> dict[str, int]:
         return {"input_tokens": len(generation(service, body, {}).prompt)}
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from step35.api.messages import ToolSchema
 from step35.serve.errors import ApiError
+from step35.serve.messages import content_text
+from step35.serve.request_shapes import ANTHROPIC_TOOLS, BLOCKS
 
 Content = str | list[dict[str, Any]]
 
@@ -17,7 +19,7 @@ class TurnMessage(BaseModel):
     """A turn: text, or blocks."""
 
     role: Literal["user", "assistant"]
-    content: Content
+    content: Content = Field(json_schema_extra=BLOCKS)
 
 
 class ThinkingChoice(BaseModel):
@@ -57,7 +59,7 @@ class CountRequest(BaseModel):
     model: str | None = None
     system: Content = ""
     messages: list[TurnMessage] = Field(min_length=1)
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: list[dict[str, Any]] = Field(default_factory=list, json_schema_extra=ANTHROPIC_TOOLS)
     tool_choice: ToolChoiceObject | None = None
     thinking: ThinkingChoice | None = None
     output_config: OutputConfig | None = None
@@ -76,7 +78,7 @@ class MessagesRequest(CountRequest):
 
 def openai_messages(body: CountRequest) -> list[dict[str, Any]]:
     """Return the conversation as the OpenAI dialect says it."""
-    system = body.system if isinstance(body.system, str) else "\n\n".join(_text(block) for block in body.system)
+    system = body.system if isinstance(body.system, str) else "\n\n".join(_text([block]) for block in body.system)
     messages = [{"role": "system", "content": system}] if system else []
     for message in body.messages:
         blocks = [{"type": "text", "text": message.content}] if isinstance(message.content, str) else message.content
@@ -97,12 +99,10 @@ def openai_tools(tools: Iterable[dict[str, Any]]) -> list[ToolSchema]:
 
 def _user(blocks: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Yield the tool results as messages of their own, then the text if there is any."""
-    text = [_text(block) for block in blocks if block.get("type") != "tool_result"]
+    text = [_text([block]) for block in blocks if block.get("type") != "tool_result"]
     for block in blocks:
         if block.get("type") == "tool_result":
-            content = block.get("content") or ""
-            content = content if isinstance(content, str) else "".join(map(_text, content))
-            yield {"role": "tool", "tool_call_id": block.get("tool_use_id", ""), "content": content}
+            yield {"role": "tool", "tool_call_id": block.get("tool_use_id", ""), "content": _text(block.get("content"))}
     if text:
         yield {"role": "user", "content": "\n".join(text)}
 
@@ -111,16 +111,14 @@ def _assistant(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": []}
     for block in blocks:
         if block.get("type") == "thinking":
-            message["reasoning_content"] += block.get("thinking", "")
+            message["reasoning_content"] += content_text(block.get("thinking"), "thinking")
         elif block.get("type") == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             message["tool_calls"].append({"id": block.get("id", ""), "type": "function", "function": function})
         elif block.get("type") != "redacted_thinking":
-            message["content"] += _text(block)
+            message["content"] += _text([block])
     return message
 
 
-def _text(block: dict[str, Any]) -> str:
-    if block.get("type") != "text" or not isinstance(block.get("text"), str):
-        raise ApiError(f"a content block has type {block.get('type')!r}, which this model cannot read; give text.")
-    return str(block["text"])
+def _text(content: Any) -> str:
+    return content_text(content, "content", ("text",))

@@ -24,7 +24,7 @@ def create_app(
     """Return the application; its `state.service.gate` says what is running and takes `draining`."""
     settings = settings or ServeSettings()
     service = Service(sampler, tokenizer, model_name, settings, Gate(settings.max_concurrent), Telemetry(sampler))
-    app = FastAPI(title=f"step35: {model_name}", docs_url=None, redoc_url=None)
+    app = FastAPI(title=f"step35: {model_name}", docs_url=None, redoc_url=None, separate_input_output_schemas=False)
     app.state.service = service
     for dialect in (openai_chat, openai_completions, responses, anthropic, admin):
         app.include_router(dialect.router(service))

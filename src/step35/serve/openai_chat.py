@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
 from step35.data.chat_stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd, ToolCallStart
+from step35.serve.answer_schema import ChatCompletion, answers
 from step35.serve.logprobs import chat_logprobs
 from step35.serve.messages import chat_messages
 from step35.serve.openai_schema import ChatRequest, NamedChoice, ResponseFormat
@@ -26,7 +27,7 @@ def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post("/v1/chat/completions", response_model=None, responses=answers(ChatCompletion, stream=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         return await respond(request, ChatAnswer(service, body), stream=body.stream)

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from step35.serve.answer_schema import TextCompletion, answers
 from step35.serve.errors import ApiError
 from step35.serve.logprobs import text_logprobs
 from step35.serve.openai_schema import CompletionRequest
@@ -22,7 +23,7 @@ def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post("/v1/completions", response_model=None, responses=answers(TextCompletion, stream=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         return await respond(request, TextAnswer(service, body), stream=body.stream)

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from step35.serve.request_shapes import MESSAGES, PROMPTS, TOOLS
+
 SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -142,7 +144,7 @@ class ChatRequest(SamplingRequest):
         "echo": "leave it out",
     }
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1, json_schema_extra=MESSAGES)
     tools: list[ToolObject] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -173,7 +175,7 @@ class CompletionRequest(SamplingRequest):
         "best_of": "ask for n choices and pick one",
     }
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(json_schema_extra=PROMPTS)
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -183,8 +185,8 @@ class TokenizeRequest(BaseModel):
 
     prompt: str | None = None
     text: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, json_schema_extra=MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(default=None, json_schema_extra=TOOLS)
 
     @model_validator(mode="after")
     def _one_is_given(self) -> TokenizeRequest:

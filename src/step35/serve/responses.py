@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from step35.api.sampling import Grammar
+from step35.serve.answer_schema import ResponseObject, answers
 from step35.serve.messages import chat_messages
 from step35.serve.reading import usage
 from step35.serve.response_items import Items
@@ -24,7 +25,7 @@ def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses", response_model=None)
+    @routes.post("/v1/responses", response_model=None, responses=answers(ResponseObject, stream=True))
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
         return await respond(request, ResponseAnswer(service, body), stream=body.stream, named=True)

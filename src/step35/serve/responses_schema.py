@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from step35.serve.errors import ApiError
+from step35.serve.messages import content_text
+from step35.serve.request_shapes import FLAT_TOOLS, ITEMS
 
-TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
+PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text")
 
 
 class TextFormat(BaseModel):
@@ -50,9 +52,9 @@ class ResponsesRequest(BaseModel):
     }
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(json_schema_extra=ITEMS)
     instructions: str | None = None
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: list[dict[str, Any]] = Field(default_factory=list, json_schema_extra=FLAT_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool | None = None
     text: TextOptions = TextOptions()
@@ -118,9 +120,4 @@ def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    for part in content:
-        if part.get("type") not in (*TEXT_PARTS, "reasoning_text"):
-            raise ApiError(f"a part has type {part.get('type')!r}; this model reads text only.", param="input")
-    return "".join(str(part.get("text") or part.get("refusal") or "") for part in content)
+    return content_text(content, "input", PARTS)

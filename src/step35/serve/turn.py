@@ -12,6 +12,7 @@ from step35.config.serve import ServeSettings
 from step35.data import chat
 from step35.data.tokenizer import Tokenizer
 from step35.serve.errors import ApiError
+from step35.serve.messages import check_tools
 from step35.serve.thinking import CLOSED_BLOCK, Thinking
 
 FORBID = -100.0
@@ -59,6 +60,7 @@ def chat_generation(
 ) -> Generation:
     """Return the next assistant turn of a conversation; raise `ApiError` for what cannot be served."""
     choice = choice or ToolChoice()
+    check_tools(tools)
     thinking = (thinking or Thinking()).left(messages, tokenizer)
     prompt = prompt_ids(tokenizer, messages, tools, thinking)
     called = required_tools(tools, choice)
