@@ -6,7 +6,7 @@ That wrong types are refused is not asked: "1" is read as a number and 0 as fals
 from __future__ import annotations
 
 import schemathesis
-from conftest import FakeSampler
+from fake_sampler import FakeSampler
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
