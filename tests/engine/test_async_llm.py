@@ -12,6 +12,7 @@ from step35.api.sampling import SamplingParams
 from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.engine.async_llm import AsyncLLM
 from step35.engine.llm import LLM
+from step35.engine.runner import Runner
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
@@ -81,15 +82,13 @@ def test_bad_requests_fail_in_their_own_call(llm: AsyncLLM) -> None:
 def test_an_error_in_a_pass_reaches_the_callers_and_the_engine_goes_on(
     llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = llm.model.trunk
-
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llm.model, "trunk", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        asyncio.run(collect(llm, "the", params(0)))
-    monkeypatch.setattr(llm.model, "trunk", trunk)
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "trunk", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            asyncio.run(collect(llm, "the", params(0)))
     assert len(asyncio.run(collect(llm, "the", params(0, 2)))) > 0
 
 

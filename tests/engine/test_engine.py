@@ -12,6 +12,8 @@ from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.engine import Engine
+from step35.engine.runner import Runner
+from step35.engine.scheduler import Rows
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
@@ -77,7 +79,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(
     prompts = [[n % 23 + 4 for n in range(common)] + [5 + other] * 20 for other in range(3)]
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, speculate=speculate)
     expected = [generate(model, [prompt], params)[0] for prompt in prompts]
-    computed = count_rows(model, monkeypatch)
+    computed = count_rows(monkeypatch)
     completions = generate(model, prompts, params)
     assert_same(completions, expected)
     shared = common // BLOCK_TOKENS * BLOCK_TOKENS
@@ -87,15 +89,15 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(
     assert rows <= sum(computed) <= rows + (drafts + speculate * len(prompts)) * 2 * (speculate > 0)
 
 
-def count_rows(model: Step35, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each pass of the trunk."""
-    trunk, computed = model.trunk, list[int]()
+    trunk, computed = Runner.trunk, list[int]()
 
-    def counting(tokens_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
-        computed.append(tokens_BT.numel())
-        return trunk(tokens_BT, *rest)
+    def counting(self: Runner, rows: Sequence[Rows]) -> torch.Tensor:
+        computed.append(sum(r.count for r in rows))
+        return trunk(self, rows)
 
-    monkeypatch.setattr(model, "trunk", counting)
+    monkeypatch.setattr(Runner, "trunk", counting)
     return computed
 
 

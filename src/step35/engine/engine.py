@@ -219,7 +219,7 @@ class Engine:
                 picked += range(done + known - 1 - rows.start, done + rows.count)
             request.computed = min(rows.end, known)
             done += rows.count
-        return self._accept(ready, self.model.logits(h_ND[picked])) if ready else []
+        return self._accept(ready, self.runner.logits(h_ND[picked])) if ready else []
 
     def _accept(self, requests: list[Request], logits_NV: Tensor) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""

@@ -10,6 +10,8 @@ the hidden states that the next module reads: `hidden[0]` of the trunk, `hidden[
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,8 @@ class PagedCache:
         count = 0 if request.params.prompt_logprobs else self._known_prefix(request)
         keys = [request.key(block) for block in range(count)]
         first = self._first_visible(count * BLOCK_TOKENS)
-        request.full = [self.full.share(key) for key in keys]
-        request.window = [self.window.share(key) if n >= first else NOWHERE for n, key in enumerate(keys)]
+        request.full = array("i", [self.full.share(key) for key in keys])
+        request.window = array("i", [self.window.share(key) if n >= first else NOWHERE for n, key in enumerate(keys)])
         request.start_at(count * BLOCK_TOKENS)
 
     def settle(self, request: Request) -> None:

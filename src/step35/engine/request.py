@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,8 +51,10 @@ class Request:
     """Sets apart prefixes that must not be shared: of other weights, or without the modules' part."""
     cached: int = 0
     """Prompt tokens found in the cache when the request first ran."""
-    full: list[int] = field(default_factory=list)
-    window: list[int] = field(default_factory=list)
+    full: array[int] = field(default_factory=lambda: array("i"))
+    """Blocks of full layers, 32-bit, as the compiled passes read them."""
+    window: array[int] = field(default_factory=lambda: array("i"))
+    """Blocks of sliding layers."""
     computed: int = 0
     """Positions that the trunk has run and that hold known tokens."""
     module_done: list[int] = field(default_factory=list)
@@ -158,7 +161,7 @@ class Request:
 
     def forget_blocks(self) -> None:
         """Stand before the first token again; what was generated stays known."""
-        self.full, self.window, self.drafts = [], [], []
+        self.full, self.window, self.drafts = array("i"), array("i"), []
         self.start_at(0)
 
     def completion(self, text: str = "") -> Completion:

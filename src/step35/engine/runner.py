@@ -8,8 +8,9 @@ request, those with equally many rows together, over the slots that each may see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -17,11 +18,17 @@ from torch import Tensor
 
 from step35.config.model import LayerConfig
 from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.compiled.program import Program
 from step35.engine.kv_cache import PagedCache
 from step35.engine.scheduler import Rows
 from step35.model.attention_kernels import attend, visible
 from step35.model.context import Context
 from step35.model.step35 import Step35
+
+FEW_ROWS = 32
+"""Up to this many rows of one request run compiled."""
+
+Pass = Callable[[Sequence[Rows]], Tensor]
 
 
 @dataclass
@@ -93,48 +100,83 @@ def _slots_of(rows: Rows, start: int, count: int, window: int | None) -> Tensor:
     """Return the slots of `count` positions from `start` on; those past the request's blocks point anywhere."""
     table = rows.request.full if window is None else rows.request.window
     first = start // BLOCK_TOKENS
-    blocks = torch.tensor(table[first : -(-(start + count) // BLOCK_TOKENS)])
+    blocks = torch.tensor(table[first : -(-(start + count) // BLOCK_TOKENS)].tolist())
     slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()[start - first * BLOCK_TOKENS :]
     return torch.nn.functional.pad(slots[:count], (0, max(0, count - len(slots))))
 
 
 class Runner:
-    """The model, and the cache it reads and writes."""
+    """The model, and the cache it reads and writes.
+
+    Requests with few rows run in the compiled program where there is one: all that decode, and short prompts. Long
+    prompts run in torch, whose matrix products are faster for many rows.
+    """
 
     def __init__(self, model: Step35, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
+        self.program = Program.create(model, cache)
 
     def trunk(self, rows: Sequence[Rows]) -> Tensor:
         """Run the trunk; return its last layer's output (N, D) before the final norm."""
-        context = PagedContext(self.cache, rows, 0)
-        h_ND = self.model.trunk(self._tokens(rows), context)[0]
-        if self.cache.hidden:
-            self.cache.hidden[0].index_copy_(0, context.slots("window"), h_ND)
-        return h_ND
+        return self._split(rows, self._compiled_trunk, self._eager_trunk)
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
         """Run MTP module k; return its output (N, D). Its row at position p reads the token at p and the state at p-1.
 
         Its first state belongs to position k+1; before that, nothing is visible.
         """
-        module = self.model.mtp[k]
-        context = PagedContext(self.cache, rows, k + 1)
-        before_ND = self.cache.hidden[k][context.slots("window", back=1)]
-        state: Tensor = module(self.model.embed(self._tokens(rows)), before_ND[None], context)[0]
-        self.cache.hidden[k + 1].index_copy_(0, context.slots("window"), state)
-        return state
+        return self._split(rows, partial(self._compiled_module, k), partial(self._eager_module, k))
 
     def draft(self, k: int, rows: Sequence[Rows]) -> list[int]:
         """Run MTP module k and return the token it proposes behind each request's rows."""
         last = torch.tensor([r.count for r in rows], device=self.cache.keys[0].device).cumsum(0) - 1
-        tokens: list[int] = self.model.mtp[k].logits(self.module(k, rows)[last]).argmax(-1).tolist()
+        tokens: list[int] = self.logits(self.module(k, rows)[last], k).argmax(-1).tolist()
         return tokens
 
-    def _tokens(self, rows: Sequence[Rows]) -> Tensor:
-        """Return the tokens of all rows (1, N): known ones, then drafts."""
-        tokens: list[int] = []
-        for r in rows:
-            known = r.request.tokens[r.start : r.end]
-            ahead = max(0, r.start - r.request.length)
-            tokens += known + r.request.drafts[ahead : ahead + r.count - len(known)]
-        return torch.tensor([tokens], device=self.cache.keys[0].device)
+    def logits(self, h_ND: Tensor, k: int = -1) -> Tensor:
+        """Return the logits (N, V), fp32, of the trunk's outputs, or of those of MTP module k."""
+        if self.program is not None:
+            return self.program.logits(k, h_ND)
+        return self.model.logits(h_ND) if k < 0 else self.model.mtp[k].logits(h_ND).float()
+
+    def _split(self, rows: Sequence[Rows], compiled: Pass, eager: Pass) -> Tensor:
+        """Run the requests with few rows compiled, which come first, and the others in torch."""
+        few = sum(r.count <= FEW_ROWS for r in rows) if self.program is not None else 0
+        parts = [run(part) for run, part in ((compiled, rows[:few]), (eager, rows[few:])) if part]
+        return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1].float()])
+
+    def _compiled_trunk(self, rows: Sequence[Rows]) -> Tensor:
+        assert self.program is not None
+        return self.program.trunk(_tokens(rows), rows)
+
+    def _compiled_module(self, k: int, rows: Sequence[Rows]) -> Tensor:
+        assert self.program is not None
+        return self.program.module(k, _tokens(rows), rows)
+
+    def _eager_trunk(self, rows: Sequence[Rows]) -> Tensor:
+        context = PagedContext(self.cache, rows, 0)
+        h_ND = self.model.trunk(self._ids(rows), context)[0]
+        if self.cache.hidden:
+            self.cache.hidden[0].index_copy_(0, context.slots("window"), h_ND)
+        return h_ND
+
+    def _eager_module(self, k: int, rows: Sequence[Rows]) -> Tensor:
+        module = self.model.mtp[k]
+        context = PagedContext(self.cache, rows, k + 1)
+        before_ND = self.cache.hidden[k][context.slots("window", back=1)]
+        state: Tensor = module(self.model.embed(self._ids(rows)), before_ND[None], context)[0]
+        self.cache.hidden[k + 1].index_copy_(0, context.slots("window"), state)
+        return state
+
+    def _ids(self, rows: Sequence[Rows]) -> Tensor:
+        return torch.tensor([_tokens(rows)], device=self.cache.keys[0].device)
+
+
+def _tokens(rows: Sequence[Rows]) -> list[int]:
+    """Return the tokens of all rows: known ones, then drafts."""
+    tokens: list[int] = []
+    for r in rows:
+        known = r.request.tokens[r.start : r.end]
+        ahead = max(0, r.start - r.request.length)
+        tokens += known + r.request.drafts[ahead : ahead + r.count - len(known)]
+    return tokens

@@ -1,0 +1,66 @@
+"""Compile `step.cpp` for this very CPU and load it; the result is kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from step35.runtime.machine import cpu_flags
+
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+SWITCH = "STEP35_COMPILED"
+"""Environment variable; 0 keeps every pass in torch."""
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache
+def load_library() -> ctypes.CDLL | None:
+    """Return the library; None, with a warning, where it cannot be built: passes then run in torch, more slowly."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    compiler = find_compiler()
+    if compiler is None:
+        log.warning("no C++ compiler found: decoding runs in torch, several times slower; install g++ or set CXX")
+        return None
+    try:
+        return ctypes.CDLL(str(build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        log.warning("the compiled decode step is not available, decoding runs in torch: %s", reason[-1:] or error)
+        return None
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler: $CXX, g++, clang++ or c++."""
+    names = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def build(compiler: str) -> Path:
+    """Return the shared library, built unless source, compiler, flags and CPU are those of an earlier build."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *sorted(cpu_flags())]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    target = cache_folder() / f"step-{name}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            made.replace(target)  # whole or not at all, whoever else builds it
+    return target
+
+
+def cache_folder() -> Path:
+    """Return where built libraries are kept: $XDG_CACHE_HOME/step35, by default ~/.cache/step35."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "step35"

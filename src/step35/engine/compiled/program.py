@@ -1,0 +1,224 @@
+"""The model and its cache as the structures that `step.cpp` reads, and the calls that run it.
+
+Nothing is copied: the structures point at the parameters, so weights that change in place are followed.
+"""
+
+# N rows  D model  V vocab
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step35.engine.blocks import BLOCK_TOKENS
+from step35.engine.compiled.library import load_library
+from step35.engine.kv_cache import PagedCache
+from step35.engine.scheduler import Rows
+from step35.model.experts import Experts
+from step35.model.mlp import MLP
+from step35.model.mtp import MTPModule
+from step35.model.rope import inverse_frequencies
+from step35.model.step35 import Step35
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MOST_GROUP, MOST_EXPERTS = 64, 4096
+"""What `step.cpp` has room for: query heads a kv head, experts a layer."""
+
+
+class CMatrix(Structure):
+    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("outs", c_int64), ("ins", c_int64), ("type", c_int32))
+
+
+class CMlp(Structure):
+    _fields_ = (("gate_up", CMatrix), ("down", CMatrix), ("hidden", c_int64), ("clip", c_float))
+
+
+class CLayer(Structure):
+    _fields_ = (
+        *((name, CMatrix) for name in ("attention_norm", "qkv", "gate", "q_norm", "k_norm", "out", "ffn_norm")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "window", "rope", "experts", "top_k")),
+        ("routed_scale", c_float),
+        *((name, CMatrix) for name in ("router", "router_bias")),
+        *((name, CMlp) for name in ("routed", "shared")),
+    )
+
+
+class CModule(Structure):
+    _fields_ = (
+        *((name, CMatrix) for name in ("embedding_norm", "hidden_norm", "joint", "norm", "head")),
+        ("layer", CLayer),
+    )
+
+
+class CRope(Structure):
+    _fields_ = (("frequencies", c_void_p), ("half", c_int64))
+
+
+class CModel(Structure):
+    _fields_ = (
+        *((name, CMatrix) for name in ("embedding", "norm", "head")),
+        *((name, c_void_p) for name in ("layers", "modules", "ropes", "hidden")),
+        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "block_tokens", "threads")),
+        ("eps", c_float),
+    )
+
+
+class CBatch(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("tokens", "positions", "request", "full", "window")),
+        *((name, c_int32) for name in ("rows", "first")),
+    )
+
+
+class Program:
+    """The compiled passes of one model over one cache."""
+
+    def __init__(self, library: ctypes.CDLL, model: Step35, cache: PagedCache) -> None:
+        self.library, self.model, self.cache = library, model, cache
+        self.size, self.vocabulary = model.config.hidden_size, model.config.vocab_size
+        self._kept: list[Any] = []  # what the structures point at
+        self._ropes: dict[tuple[float, ...], int] = {}
+        self._frequencies: list[Tensor] = []
+        layers = [self._layer(block) for block in model.layers]
+        modules = [self._module(module) for module in model.mtp]
+        ropes = [CRope(f.data_ptr(), len(f)) for f in self._frequencies]
+        hidden = [state.data_ptr() for state in cache.hidden]
+        self.c = CModel(
+            matrix(model.embed_tokens.weight), matrix(model.norm.weight), linear(model.lm_head),
+            self._array(CLayer, layers), self._array(CModule, modules), self._array(CRope, ropes),
+            self._array(c_void_p, hidden) if hidden else None,
+            len(layers), len(ropes), CACHE_TYPES[cache.keys[0].dtype], BLOCK_TOKENS, torch.get_num_threads(),
+            model.config.rms_norm_eps,
+        )  # fmt: skip
+        self.library.pin(self.c.threads)
+
+    @classmethod
+    def create(cls, model: Step35, cache: PagedCache) -> Program | None:
+        """Return the model's compiled passes; None where they do not fit it, or cannot be compiled."""
+        if not fits(model, cache):
+            return None
+        library = load_library()
+        return None if library is None else cls(library, model, cache)
+
+    def trunk(self, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
+        """Return the trunk's output (N, D), fp32, and keep what modules read of it."""
+        h_ND = torch.empty(len(tokens), self.size)
+        self.library.trunk(byref(self.c), byref(batch(tokens, rows, 0)), c_void_p(h_ND.data_ptr()))
+        return h_ND
+
+    def module(self, k: int, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
+        """Return MTP module k's output (N, D), fp32, and keep it for the next module."""
+        h_ND = torch.empty(len(tokens), self.size)
+        self.library.module(byref(self.c), k, byref(batch(tokens, rows, k + 1)), c_void_p(h_ND.data_ptr()))
+        return h_ND
+
+    def logits(self, k: int, h_ND: Tensor) -> Tensor:
+        """Return the logits (N, V) of the trunk (k = -1) or of MTP module k, fp32."""
+        h_ND = h_ND.float().contiguous()
+        y_NV = torch.empty(len(h_ND), self.vocabulary)
+        self.library.logits(byref(self.c), k, c_void_p(h_ND.data_ptr()), len(h_ND), c_void_p(y_NV.data_ptr()))
+        return y_NV
+
+    def _array(self, kind: Any, items: Sequence[Any]) -> int | None:
+        array = (kind * len(items))(*items)
+        self._kept.append(array)
+        return ctypes.addressof(array)
+
+    def _module(self, module: MTPModule) -> CModule:
+        return CModule(
+            matrix(module.embedding_norm.weight), matrix(module.hidden_norm.weight), linear(module.joint_proj),
+            matrix(module.norm.weight), linear(module.head), self._layer(module.block),
+        )  # fmt: skip
+
+    def _layer(self, block: Any) -> CLayer:
+        attention, moe = block.attention, block.moe
+        layer = attention.layer
+        c = CLayer(
+            matrix(block.attention_norm.weight), linear(attention.qkv_proj), linear(attention.gate_proj),
+            matrix(attention.q_norm.weight), matrix(attention.k_norm.weight), linear(attention.o_proj),
+            matrix(block.ffn_norm.weight),
+            self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr(),
+            layer.heads, layer.kv_heads, layer.head_dim, layer.window or 0, self._rope(inverse_frequencies(layer)),
+        )  # fmt: skip
+        if moe is None:
+            c.shared = mlp(block.mlp)
+        else:
+            router = moe.router
+            c.experts, c.top_k, c.routed_scale = len(router.weight), router.top_k, router.scale
+            c.router, c.router_bias = matrix(router.weight), matrix(router.bias)
+            c.routed, c.shared = experts(moe.experts), mlp(moe.shared)
+        return c
+
+    def _rope(self, frequencies: Tensor) -> int:
+        """Return the number of the table with these frequencies; layers of one kind share one."""
+        key = tuple(frequencies.tolist())
+        if key not in self._ropes:
+            self._ropes[key] = len(self._frequencies)
+            self._frequencies.append(frequencies)
+        return self._ropes[key]
+
+
+def fits(model: Step35, cache: PagedCache) -> bool:
+    """Return whether `step.cpp` can run this model: on a CPU, in types it knows, within its limits."""
+    tensors = [*model.parameters(), *model.buffers()]
+    known = all(t.device.type == "cpu" and t.dtype in TYPES and t.is_contiguous() for t in tensors)
+    layers = model.config.layers()
+    return (
+        known
+        and cache.keys[0].dtype in CACHE_TYPES
+        and all(layer.heads // layer.kv_heads <= MOST_GROUP for layer in layers)
+        and model.config.moe_num_experts <= MOST_EXPERTS
+    )
+
+
+def matrix(weight: Tensor, scales: Tensor | None = None) -> CMatrix:
+    """Describe a weight (..., outs, ins), or a vector as one row."""
+    outs = weight.numel() // weight.shape[-1]
+    return CMatrix(
+        weight.data_ptr(), None if scales is None else scales.data_ptr(), outs, weight.shape[-1], TYPES[weight.dtype]
+    )
+
+
+def linear(module: Any) -> CMatrix:
+    """Describe a linear layer's weight."""
+    return matrix(module.weight, getattr(module, "scales", None))
+
+
+def mlp(module: MLP) -> CMlp:
+    """Describe a dense MLP."""
+    return CMlp(linear(module.gate_up_proj), linear(module.down_proj), module.down_proj.weight.shape[-1], module.clip)
+
+
+def experts(module: Experts) -> CMlp:
+    """Describe the routed experts of a layer."""
+    gate_up = matrix(module.gate_up_proj, getattr(module, "gate_up_scales", None))
+    down = matrix(module.down_proj, getattr(module, "down_scales", None))
+    return CMlp(gate_up, down, module.down_proj.shape[-1], module.clip)
+
+
+class Arrays(CBatch):
+    """A batch that keeps what it points at alive."""
+
+
+def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
+    """Describe the rows of a pass, in order, and the block tables of their requests."""
+    count = len(tokens)
+    ids = (c_int32 * (3 * count))(
+        *tokens,
+        *(p for r in rows for p in range(r.start, r.end)),
+        *(n for n, r in enumerate(rows) for _ in range(r.count)),
+    )
+    tables = (c_void_p * (2 * len(rows)))(
+        *(r.request.full.buffer_info()[0] for r in rows), *(r.request.window.buffer_info()[0] for r in rows)
+    )
+    at, table = ctypes.addressof(ids), ctypes.addressof(tables)
+    c = Arrays(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
+    c.kept = ids, tables
+    return c

@@ -1,0 +1,639 @@
+// Forward passes over few rows: the trunk, an MTP module, the logits. One call a pass, one team of threads.
+//
+// Activations are fp32 whatever the weights are. Each output of a product is one sum whose order of additions depends
+// on its length alone, so a row's numbers are the same bits whether it runs alone or with others: drafts that are
+// verified several at a time meet what plain decoding would have computed.
+//
+// Names as in `step35/model`: N rows, D model, H query heads, K kv heads, C head dim, I expert hidden.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What Python hands over; `program.py` declares the same structures.
+
+enum Type : int32_t { FLOAT32, BFLOAT16, INT8 };
+
+struct Matrix {  // (outs, ins), row after row; int8 rows have a scale each
+    const void* data;
+    const float* scales;
+    int64_t outs, ins;
+    int32_t type;
+};
+
+struct Mlp {  // gate and up packed in one matrix; of all experts, one behind the other
+    Matrix gate_up, down;
+    int64_t hidden;
+    float clip;
+};
+
+struct Layer {
+    Matrix attention_norm, qkv, gate, q_norm, k_norm, out, ffn_norm;
+    void *keys, *values;
+    int32_t heads, kv_heads, head_dim, window, rope;
+    int32_t experts, top_k;  // experts 0: `shared` is the dense MLP
+    float routed_scale;
+    Matrix router, router_bias;
+    Mlp routed, shared;
+};
+
+struct Module {
+    Matrix embedding_norm, hidden_norm, joint, norm, head;
+    Layer layer;
+};
+
+struct Rope {
+    const float* frequencies;
+    int64_t half;
+};
+
+struct Model {
+    Matrix embedding, norm, head;
+    Layer* layers;
+    Module* modules;
+    Rope* ropes;
+    void** hidden;  // the trunk's states, then each module's; null without modules
+    int32_t layer_count, rope_count, cache_type, block_tokens, threads;
+    float eps;
+};
+
+struct Batch {
+    const int32_t *tokens, *positions, *request;  // of each row
+    const int32_t **full, **window;               // each request's block tables
+    int32_t rows, first;                          // `first`: the first position that holds anything
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors of floats, and the three types that weights may have.
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, TILE_OUTS = 4;
+#else
+constexpr int LANES = 8, TILE_OUTS = 2;
+#endif
+constexpr int TILE_ROWS = 4;
+constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t bf16;
+
+inline Floats load(const float* p) {
+    Floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Floats load(const bf16* p) {
+    Halves v;
+    memcpy(&v, p, sizeof v);
+    return (Floats)(__builtin_convertvector(v, Words) << 16);
+}
+
+inline Floats load(const int8_t* p) {
+    Bytes v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
+}
+
+template <class T> inline Floats load_some(const T* p, int64_t count) {
+    T padded[LANES] = {};
+    memcpy(padded, p, count * sizeof(T));
+    return load(padded);
+}
+
+inline float sum(Floats v) {
+    float a[LANES];
+    memcpy(a, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+inline float widen(int8_t x) { return x; }
+
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(float x, bf16* y) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// e^x to 2e-7, without a branch, so that loops of it become vector code.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    float n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
+    int32_t power;
+    memcpy(&power, &n, 4);
+    n -= 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = (power + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Calls f with a pointer of the matrix's type.
+template <class F> inline void typed(int32_t type, const void* data, F f) {
+    if (type == FLOAT32) f(static_cast<const float*>(data));
+    else if (type == BFLOAT16) f(static_cast<const bf16*>(data));
+    else f(static_cast<const int8_t*>(data));
+}
+
+// As `typed`, for what the cache holds.
+template <class F> inline void cached(int32_t type, void* data, F f) {
+    if (type == FLOAT32) f(static_cast<float*>(data));
+    else f(static_cast<bf16*>(data));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products of rows with the rows of a matrix.
+
+// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next.
+template <int ROWS, int OUTS, class T>
+inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
+    Floats sums[ROWS][OUTS] = {};
+    int64_t d = 0;
+    for (; d + LANES <= ins; d += LANES) {
+        Floats wide[OUTS];
+        for (int o = 0; o < OUTS; o++) wide[o] = load(w + o * stride + d);
+        for (int r = 0; r < ROWS; r++) {
+            Floats row = load(x[r] + d);
+            for (int o = 0; o < OUTS; o++) sums[r][o] += row * wide[o];
+        }
+    }
+    if (d < ins)
+        for (int o = 0; o < OUTS; o++) {
+            Floats wide = load_some(w + o * stride + d, ins - d);
+            for (int r = 0; r < ROWS; r++) sums[r][o] += load_some(x[r] + d, ins - d) * wide;
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sum(sums[r][o]);
+}
+
+template <int ROWS, class T>
+inline void tiles(const float* const* x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
+    constexpr int OUTS = ROWS == 1 ? 8 : TILE_OUTS;
+    int o = 0;
+    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o < outs; o++) tile<ROWS, 1>(x, w + o * stride, stride, ins, y + o, y_stride);
+}
+
+// y[r][o] = x[r] . w[o] for any number of rows and of outputs.
+template <class T>
+inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
+                     int64_t y_stride) {
+    int64_t r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tiles<TILE_ROWS>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    if (rows - r == 3) tiles<3>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    if (rows - r == 2) tiles<2>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    if (rows - r == 1) tiles<1>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+}
+
+// Outputs `begin` to `begin + count` of a matrix, for rows given by pointers, into y (rows, STRIP).
+inline void strip(const Matrix& m, const float* const* x, int64_t rows, int64_t begin, int count, float* y) {
+    typed(m.type, m.data, [&](auto* w) { products(x, rows, w + begin * m.ins, m.ins, m.ins, count, y, STRIP); });
+    if (m.scales)
+        for (int64_t r = 0; r < rows; r++)
+            for (int o = 0; o < count; o++) y[r * STRIP + o] *= m.scales[begin + o];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One pass. All members are called by every thread of the team; `omp for` shares the work and ends in a barrier.
+
+struct Buffers {  // kept from pass to pass
+    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin;
+    std::vector<int32_t> chosen, start, entry, experts;
+};
+
+template <class T> inline T* grow(std::vector<T>& buffer, int64_t size) {
+    if (int64_t(buffer.size()) < size) buffer.resize(size);
+    return buffer.data();
+}
+
+thread_local Buffers kept;                          // of the thread that calls
+thread_local std::vector<float> part;               // of each thread: the strip it works on
+thread_local std::vector<const float*> row_pointers;  // and the rows it reads
+
+// Pointers to `count` rows of x, `width` apart.
+inline const float** rows_of(const float* x, int64_t count, int64_t width) {
+    const float** rows = grow(row_pointers, count);
+    for (int64_t n = 0; n < count; n++) rows[n] = x + n * width;
+    return rows;
+}
+
+struct Pass {
+    const Model& model;
+    const Batch& batch;
+    Buffers& b;
+    float* h;  // (N, D)
+    const int64_t rows = batch.rows, D = model.embedding.ins;
+
+    int64_t slot(const int32_t** tables, int64_t row, int64_t position) const {
+        int64_t size = model.block_tokens;
+        return tables[batch.request[row]][position / size] * size + position % size;
+    }
+
+    void prepare(const Layer& layer) {
+        int64_t heads = layer.heads, wide = layer.qkv.outs, attended = heads * layer.head_dim;
+        grow(b.x, rows * D);
+        grow(b.heads, rows * wide);
+        grow(b.gates, rows * heads);
+        grow(b.attended, rows * attended);
+        grow(b.shared_active, rows * layer.shared.hidden);
+        grow(b.scores, rows * layer.experts);
+        grow(b.weights, rows * layer.top_k);
+        grow(b.chosen, rows * layer.top_k);
+        grow(b.entry, rows * layer.top_k);
+        grow(b.start, layer.experts + 1);
+        grow(b.active, rows * layer.top_k * layer.routed.hidden);
+    }
+
+    // y (rows, outs) = x m^T; `add` adds to what y holds.
+    void multiply(const Matrix& m, const float* x, float* y, bool add = false) {
+#pragma omp for schedule(static)
+        for (int64_t s = 0; s < strips(m.outs); s++) {
+            int64_t begin = s * STRIP;
+            int outs = std::min<int64_t>(STRIP, m.outs - begin);
+            float* sums = grow(part, rows * STRIP);
+            strip(m, rows_of(x, rows, m.ins), rows, begin, outs, sums);
+            for (int64_t n = 0; n < rows; n++)
+                for (int o = 0; o < outs; o++) {
+                    float& target = y[n * m.outs + begin + o];
+                    target = add ? target + sums[n * STRIP + o] : sums[n * STRIP + o];
+                }
+        }
+    }
+
+    static int64_t strips(int64_t outs) { return (outs + STRIP - 1) / STRIP; }
+
+    // y = x / rms(x) * (1 + w), over `size` floats.
+    void norm(const float* x, const Matrix& weight, int64_t size, float* y) const {
+        Floats squares = {};
+        int64_t d = 0;
+        for (; d + LANES <= size; d += LANES) squares += load(x + d) * load(x + d);
+        if (d < size) squares += load_some(x + d, size - d) * load_some(x + d, size - d);
+        float scale = 1.0f / std::sqrt(sum(squares) / size + model.eps);
+        typed(weight.type, weight.data, [&](auto* w) {
+            for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * (1.0f + widen(w[i]));
+        });
+    }
+
+    void norm_rows(const Matrix& weight) {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) norm(h + n * D, weight, D, &b.x[n * D]);
+    }
+
+    void embed(int64_t row, float* y) const {
+        typed(model.embedding.type, model.embedding.data, [&](auto* table) {
+            auto* from = table + batch.tokens[row] * D;
+            float scale = model.embedding.scales ? model.embedding.scales[batch.tokens[row]] : 1.0f;
+            for (int64_t d = 0; d < D; d++) y[d] = widen(from[d]) * scale;
+        });
+    }
+
+    void angles() {
+        for (int r = 0; r < model.rope_count; r++) {
+            const Rope& rope = model.ropes[r];
+#pragma omp for schedule(static) nowait
+            for (int64_t n = 0; n < rows; n++)
+                for (int64_t j = 0; j < rope.half; j++) {
+                    float angle = float(batch.positions[n]) * rope.frequencies[j];
+                    b.cos[r * rope_stride() + n * half_stride() + j] = std::cos(angle);
+                    b.sin[r * rope_stride() + n * half_stride() + j] = std::sin(angle);
+                }
+        }
+    }
+
+    int64_t half_stride() const {
+        int64_t most = 0;
+        for (int r = 0; r < model.rope_count; r++) most = std::max(most, model.ropes[r].half);
+        return most;
+    }
+    int64_t rope_stride() const { return rows * half_stride(); }
+
+    void block(const Layer& layer) {
+        norm_rows(layer.attention_norm);
+        multiply(layer.qkv, b.x.data(), b.heads.data());
+        multiply(layer.gate, b.x.data(), b.gates.data());
+        store_heads(layer);
+        attention(layer);
+        multiply(layer.out, b.attended.data(), h, true);
+        norm_rows(layer.ffn_norm);
+        if (layer.experts) route(layer);
+        hidden(layer);
+        down(layer);
+    }
+
+    // Norm and rotate queries in place; keys and values go to the cache.
+    void store_heads(const Layer& layer) {
+        int64_t C = layer.head_dim, H = layer.heads, K = layer.kv_heads, all = H + 2 * K;
+        const int32_t** tables = layer.window ? batch.window : batch.full;
+        int64_t half = model.ropes[layer.rope].half;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * all; i++) {
+            int64_t n = i / all, head = i % all;
+            float* x = &b.heads[i * C];
+            if (head < H + K) {
+                norm(x, head < H ? layer.q_norm : layer.k_norm, C, x);
+                const float* cos = &b.cos[layer.rope * rope_stride() + n * half_stride()];
+                const float* sin = &b.sin[layer.rope * rope_stride() + n * half_stride()];
+                for (int64_t j = 0; j < half; j++) {
+                    float first = x[j], second = x[j + half];
+                    x[j] = first * cos[j] - second * sin[j];
+                    x[j + half] = second * cos[j] + first * sin[j];
+                }
+            }
+            if (head >= H) {
+                void* store = head < H + K ? layer.keys : layer.values;
+                int64_t place = (slot(tables, n, batch.positions[n]) * K + (head - H) % K) * C;
+                cached(model.cache_type, store, [&](auto* cache) {
+                    for (int64_t c = 0; c < C; c++) narrow(x[c], cache + place + c);
+                });
+            }
+        }
+    }
+
+    void attention(const Layer& layer) {
+        int64_t K = layer.kv_heads;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < rows * K; i++)
+            cached(model.cache_type, layer.keys, [&](auto* keys) {
+                attend(layer, i / K, i % K, keys, static_cast<decltype(keys)>(layer.values));
+            });
+    }
+
+    // One row, and the query heads that share one kv head, over all visible blocks, with a running softmax.
+    template <class T> void attend(const Layer& layer, int64_t n, int64_t kv, const T* keys, const T* values) {
+        const int64_t C = layer.head_dim, K = layer.kv_heads, group = layer.heads / K, size = model.block_tokens;
+        const int64_t last = batch.positions[n], first = first_visible(layer, last);
+        const int32_t* table = (layer.window ? batch.window : batch.full)[batch.request[n]];
+        const float* queries = &b.heads[n * layer.qkv.outs + kv * group * C];
+        float* out = &b.attended[(n * layer.heads + kv * group) * C];
+        const float scale = 1.0f / std::sqrt(float(C));
+        const float* q[MOST_HEADS];
+        float top[MOST_HEADS], total[MOST_HEADS], scores[MOST_HEADS * MOST_BLOCK];
+        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY, total[g] = 0;
+        std::fill(out, out + group * C, 0.0f);
+        for (int64_t block = first / size; block <= last / size; block++) {
+            int64_t from = std::max(first, block * size), count = std::min(last + 1, (block + 1) * size) - from;
+            int64_t place = ((table[block] * size + from % size) * K + kv) * C;
+            products(q, group, keys + place, K * C, C, count, scores, size);
+            for (int64_t g = 0; g < group; g++) soften(scores + g * size, count, scale, top[g], total[g], out + g * C, C);
+            for (int64_t g = 0; g < group; g++)
+                for (int64_t s = 0; s < count; s++) {
+                    const T* value = values + place + s * K * C;
+                    float weight = scores[g * size + s];
+                    for (int64_t c = 0; c < C; c++) out[g * C + c] += weight * widen(value[c]);
+                }
+        }
+        for (int64_t g = 0; g < group; g++) {
+            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / total[g];
+            for (int64_t c = 0; c < C; c++) out[g * C + c] *= gate;
+        }
+    }
+
+    static constexpr int MOST_HEADS = 64, MOST_BLOCK = 32;
+
+    int64_t first_visible(const Layer& layer, int64_t position) const {
+        return std::max<int64_t>(batch.first, layer.window ? position - layer.window + 1 : 0);
+    }
+
+    // Turn scores into weights relative to the running maximum `top`; what was summed before is scaled to it.
+    static void soften(float* scores, int64_t count, float scale, float& top, float& total, float* out, int64_t size) {
+        float most = top;
+        for (int64_t s = 0; s < count; s++) most = std::max(most, scores[s] *= scale);
+        if (most > top) {
+            float shrink = top == -INFINITY ? 0.0f : exponential(top - most);
+            for (int64_t c = 0; c < size; c++) out[c] *= shrink;
+            total *= shrink;
+            top = most;
+        }
+        for (int64_t s = 0; s < count; s++) scores[s] = exponential(scores[s] - top);
+        for (int64_t s = 0; s < count; s++) total += scores[s];
+    }
+
+    // Choose each row's experts and weigh them; then list the rows of each expert.
+    void route(const Layer& layer) {
+        const int64_t E = layer.experts, top_k = layer.top_k;
+        multiply(layer.router, b.x.data(), b.scores.data());
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) choose(layer, &b.scores[n * E], &b.chosen[n * top_k], &b.weights[n * top_k]);
+#pragma omp single
+        {
+            std::fill(b.start.begin(), b.start.end(), 0);
+            for (int64_t i = 0; i < rows * top_k; i++) b.start[b.chosen[i] + 1]++;
+            for (int64_t e = 0; e < E; e++) b.start[e + 1] += b.start[e];
+            std::vector<int32_t> next(b.start.begin(), b.start.end());
+            for (int64_t i = 0; i < rows * top_k; i++) b.entry[next[b.chosen[i]]++] = i;
+            b.experts.clear();
+            for (int64_t e = 0; e < E; e++)
+                if (b.start[e + 1] > b.start[e]) b.experts.push_back(e);
+        }
+    }
+
+    void choose(const Layer& layer, float* scores, int32_t* chosen, float* weights) const {
+        const int64_t E = layer.experts, top_k = layer.top_k;
+        float biased[MOST_EXPERTS];
+        for (int64_t e = 0; e < E; e++) scores[e] = sigmoid(scores[e]);
+        typed(layer.router_bias.type, layer.router_bias.data, [&](auto* bias) {
+            for (int64_t e = 0; e < E; e++) biased[e] = scores[e] + widen(bias[e]);
+        });
+        float total = 0;
+        for (int64_t k = 0; k < top_k; k++) {
+            chosen[k] = std::max_element(biased, biased + E) - biased;
+            biased[chosen[k]] = -INFINITY;
+            total += weights[k] = scores[chosen[k]];
+        }
+        for (int64_t k = 0; k < top_k; k++) weights[k] *= layer.routed_scale / total;
+    }
+
+    static constexpr int MOST_EXPERTS = 4096;
+
+    // The intermediate activations of the shared (or dense) MLP, then of every chosen expert.
+    void hidden(const Layer& layer) {
+        const int64_t I = layer.routed.hidden, shared = strips(layer.shared.hidden), each = strips(I);
+        const int64_t active = layer.experts ? b.experts.size() : 0;
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t task = 0; task < shared + active * each; task++) {
+            if (task < shared) {
+                swiglu(layer.shared, 0, task, rows_of(b.x.data(), rows, D), rows, b.shared_active.data());
+                continue;
+            }
+            int64_t e = b.experts[(task - shared) / each], start = b.start[e], count = b.start[e + 1] - start;
+            const float** x = grow(row_pointers, count);
+            for (int64_t i = 0; i < count; i++) x[i] = &b.x[b.entry[start + i] / layer.top_k * D];
+            swiglu(layer.routed, e, (task - shared) % each, x, count, &b.active[start * I]);
+        }
+    }
+
+    // Strip `number` of one expert's activations, into y (count, hidden).
+    void swiglu(const Mlp& mlp, int64_t expert, int64_t number, const float* const* x, int64_t count, float* y) {
+        int64_t begin = number * STRIP, first = expert * 2 * mlp.hidden + begin;
+        int outs = std::min<int64_t>(STRIP, mlp.hidden - begin);
+        float *gate = grow(part, 2 * count * STRIP), *up = gate + count * STRIP;
+        strip(mlp.gate_up, x, count, first, outs, gate);
+        strip(mlp.gate_up, x, count, first + mlp.hidden, outs, up);
+        for (int64_t i = 0; i < count; i++) {
+            const float *g = gate + i * STRIP, *u = up + i * STRIP;
+            float *to = y + i * mlp.hidden + begin, most = mlp.clip > 0 ? mlp.clip : INFINITY;
+            for (int o = 0; o < outs; o++)
+                to[o] = std::min(g[o] * sigmoid(g[o]), most) * std::min(std::max(u[o], -most), most);
+        }
+    }
+
+    // h += shared + sum of weight * expert, the experts in the order of their numbers.
+    void down(const Layer& layer) {
+        const int64_t I = layer.routed.hidden;
+#pragma omp for schedule(static)
+        for (int64_t s = 0; s < strips(D); s++) {
+            int64_t begin = s * STRIP;
+            int outs = std::min<int64_t>(STRIP, D - begin);
+            float* sums = grow(part, rows * STRIP);
+            const float** x = rows_of(b.shared_active.data(), rows, layer.shared.hidden);
+            strip(layer.shared.down, x, rows, begin, outs, sums);
+            for (int64_t n = 0; n < rows; n++)
+                for (int o = 0; o < outs; o++) h[n * D + begin + o] += sums[n * STRIP + o];
+            if (!layer.experts) continue;
+            for (int32_t e : b.experts) {
+                int64_t start = b.start[e], count = b.start[e + 1] - start;
+                strip(layer.routed.down, rows_of(&b.active[start * I], count, I), count, e * D + begin, outs, sums);
+                for (int64_t i = 0; i < count; i++) {
+                    int32_t entry = b.entry[start + i];
+                    float* to = h + entry / layer.top_k * D + begin;
+                    for (int o = 0; o < outs; o++) to[o] += b.weights[entry] * sums[i * STRIP + o];
+                }
+            }
+        }
+    }
+
+    void keep(int state) {
+        cached(model.cache_type, model.hidden[state], [&](auto* states) {
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < rows; n++) {
+                auto* to = states + slot(batch.window, n, batch.positions[n]) * D;
+                for (int64_t d = 0; d < D; d++) narrow(h[n * D + d], to + d);
+            }
+        });
+    }
+
+    // [norm(embedding); norm(state of the position before)]
+    void join(int k, const Module& module) {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) {
+            float *embedding = &b.joint[n * 2 * D], *state = embedding + D;
+            embed(n, embedding);
+            norm(embedding, module.embedding_norm, D, embedding);
+            cached(model.cache_type, model.hidden[k], [&](auto* states) {
+                auto* from = states + slot(batch.window, n, batch.positions[n] - 1) * D;
+                for (int64_t d = 0; d < D; d++) state[d] = widen(from[d]);
+            });
+            norm(state, module.hidden_norm, D, state);
+        }
+    }
+};
+
+void prepare(Pass& pass, const Layer* layers, int count) {
+    for (int i = 0; i < count; i++) pass.prepare(layers[i]);
+    grow(pass.b.cos, pass.model.rope_count * pass.rope_stride());
+    grow(pass.b.sin, pass.model.rope_count * pass.rope_stride());
+}
+
+}  // namespace
+
+extern "C" {
+
+// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too.
+void trunk(const Model* model, const Batch* batch, float* h) {
+    Pass pass{*model, *batch, kept, h};
+    prepare(pass, model->layers, model->layer_count);
+#pragma omp parallel num_threads(model->threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < pass.rows; n++) pass.embed(n, h + n * pass.D);
+        pass.angles();
+#pragma omp barrier
+        for (int i = 0; i < model->layer_count; i++) pass.block(model->layers[i]);
+        if (model->hidden) pass.keep(0);
+    }
+}
+
+// h (N, D) = the output of MTP module k.
+void module(const Model* model, int32_t k, const Batch* batch, float* h) {
+    Pass pass{*model, *batch, kept, h};
+    const Module& module = model->modules[k];
+    prepare(pass, &module.layer, 1);
+    grow(kept.joint, pass.rows * 2 * pass.D);
+#pragma omp parallel num_threads(model->threads)
+    {
+        pass.join(k, module);
+        pass.angles();
+        pass.multiply(module.joint, pass.b.joint.data(), h);
+        pass.block(module.layer);
+        pass.keep(k + 1);
+    }
+}
+
+// y (count, V) = logits of the rows h (count, D), of the trunk (k = -1) or of MTP module k.
+void logits(const Model* model, int32_t k, const float* h, int32_t count, float* y) {
+    Batch batch{};
+    batch.rows = count;
+    Pass pass{*model, batch, kept, const_cast<float*>(h)};
+    grow(kept.x, count * pass.D);
+#pragma omp parallel num_threads(model->threads)
+    {
+        pass.norm_rows(k < 0 ? model->norm : model->modules[k].norm);
+        pass.multiply(k < 0 ? model->head : model->modules[k].head, pass.b.x.data(), y);
+    }
+}
+
+// Keep each worker thread of the caller's team on a core of its own; the caller itself stays free.
+void pin(int32_t threads) {
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    std::vector<int> cores;
+    for (int core = 0; core < CPU_SETSIZE; core++)
+        if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+    if (int(cores.size()) < threads) return;
+#pragma omp parallel num_threads(threads)
+    if (int number = omp_get_thread_num()) {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(cores[number], &own);
+        sched_setaffinity(0, sizeof own, &own);
+    }
+#endif
+}
+}
