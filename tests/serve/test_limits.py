@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,30 @@ def test_draining_refuses_new_work_and_waits_for_the_old(serve: Any) -> None:
         assert server.thread.is_alive()
     server.thread.join(2)
     assert not server.thread.is_alive()
+
+
+def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any) -> None:
+    server = serve()
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+    address = server.listener.getsockname()
+    with httpx.Client() as idle, socket.create_connection(address) as silent, socket.create_connection(address) as slow:
+        assert idle.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
+        slow.sendall(half)
+        soon(lambda: len(server.server.server_state.connections) == 3 and bool(server.server.server_state.tasks))
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+        assert silent.recv(1) == b""
+
+
+def test_the_drain_ends_at_its_time_limit(serve: Any) -> None:
+    server = serve(stay=True, drain_timeout_s=0.1)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=10):
+        assert server.sampler.started.wait(2)
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+    assert server.sampler.closed.is_set()
 
 
 @pytest.mark.parametrize(

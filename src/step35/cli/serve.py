@@ -70,6 +70,7 @@ def serve(args: Args, llm: Any) -> int:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
+        listener.listen()  # before we say where: from then on clients may come
     except OSError as error:
         raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}); choose another --port.") from None
     log_to_stderr()

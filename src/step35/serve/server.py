@@ -6,18 +6,24 @@ import logging
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from step35.serve.service import Service
 
+LAST_BYTES_S = 1
+"""How long, once no generation runs or the drain has timed out, connections may take to end. Without a limit, a
+request whose body never comes, or a client that stopped reading, would hold the server for good."""
+
 
 class DrainingServer(uvicorn.Server):
     """Keeps answering while it drains, /health with a 503, so that a load balancer sees it go."""
 
     def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
-        super().__init__(uvicorn.Config(app, host=host, port=port, lifespan="off", log_config=None, access_log=False))
+        options: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False}
+        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=LAST_BYTES_S, **options))
         self.service: Service = app.state.service
         self.drain_until: float | None = None
 
