@@ -181,6 +181,27 @@ def test_any_text_cut_anywhere_gives_the_same_message(text: str, places: list[in
     assert streamed(list(text), thinking=thinking) == expected
 
 
+@settings(deadline=None, max_examples=200)
+@given(text=TEXTS, places=PLACES, thinking=st.booleans())
+def test_where_nothing_may_be_called_calls_are_text(text: str, places: list[int], thinking: bool) -> None:
+    def read(pieces: list[str]) -> Any:
+        parser = TurnParser(thinking=thinking, calls=False)
+        for piece in pieces:
+            parser.feed(piece)
+        parser.finish()
+        return parser.message
+
+    message, whole = read([text]), text.removesuffix("<|im_end|>")
+    assert "tool_calls" not in message
+    if thinking:
+        reasoning, _, content = whole.removeprefix("<think>").partition("</think>")
+        assert message["reasoning_content"].strip("\n") == reasoning.strip("\n")
+        assert message["content"].strip("\n") == content.strip("\n")
+    else:
+        assert message["content"] == whole
+    assert read(cut(text, places)) == message
+
+
 WORDS = st.text(st.sampled_from("ab1 \n<>/=é🙂\t_")).filter(lambda text: "</" not in text)
 QUOTES = st.sampled_from(["x </parameter> y", "'</tool_call>'", "<function=f>", "\n<tool_call>", "</think>"])
 JSON = st.recursive(

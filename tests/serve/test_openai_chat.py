@@ -67,6 +67,16 @@ def test_tool_calls_come_back_typed(serve: Any) -> None:
     assert answer.choices[0].message.content is None
 
 
+def test_a_call_of_a_tool_that_was_not_offered_is_text(serve: Any) -> None:
+    server = serve(f"Two.\n</think>\nOK {CALL}")
+    for fields in ({}, {"tools": [TOOL], "tool_choice": "none"}):
+        choice = ask(server, **fields).choices[0]
+        assert (choice.message.tool_calls, choice.message.content) == (None, f"OK {CALL}")
+        assert (choice.message.reasoning_content, choice.finish_reason) == ("Two.", "stop")
+        chunks = list(ask(server, stream=True, **fields))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == f"OK {CALL}"
+
+
 def test_streamed_tool_calls_say_id_and_name_once(serve: Any) -> None:
     chunks = list(ask(serve(f"Two.\n</think>\nOK {CALL}"), tools=[TOOL], stream=True))
     parts = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]

@@ -88,6 +88,13 @@ _CONTENT_BEFORE_THINK_END = (
     re.compile(rf"(?:\n?{_begun('</think>')}|\n|{_CALL_BEGUN})\Z"),
 )
 
+# The same where calls are no calls but text.
+_REASONING_ALONE = (
+    re.compile(r"\n?</think>"),
+    re.compile(rf"(?:\n?{_begun('</think>')}|\n|{_begun(_END_OF_TURN)})\Z"),
+)
+_CONTENT_ALONE = (re.compile(r"(?!)"), re.compile(rf"{_begun(_END_OF_TURN)}\Z"))
+
 _PARAMETER = re.compile(rf"<parameter=({_KEY})>")
 _PARAMETER_BEGUN = re.compile(rf"(?:{_begun('<parameter=')}|<parameter={_KEY})?")
 
@@ -119,13 +126,17 @@ _LAST_VALUE = (re.compile(_value_end(r"|\Z") + r"|\n?\Z"), _VALUE[1])
 class TurnParser:
     """A state machine over the text of one assistant turn, special tokens included as their text.
 
-    `thinking=False` is for a prompt that has closed the think block: the text starts as content. Joined, the
-    events of `feed` and `finish` are the same however the text is cut. Nothing raises on any text.
+    `thinking=False` is for a prompt that has closed the think block: the text starts as content. `calls=False` is
+    for a turn that may call nothing: what looks like a call stays text. Joined, the events of `feed` and `finish`
+    are the same however the text is cut. Nothing raises on any text.
     `reasoning_closed` tells whether `</think>` or a call has ended the reasoning.
     """
 
-    def __init__(self, tools: Sequence[ToolSchema] | None = None, *, thinking: bool = True) -> None:
+    def __init__(self, tools: Sequence[ToolSchema] | None = None, *, thinking: bool = True, calls: bool = True) -> None:
         self.reasoning_closed = not thinking
+        self._reasoning_tags, self._content_tags = (
+            (_REASONING, _CONTENT) if calls else (_REASONING_ALONE, _CONTENT_ALONE)
+        )
         self._tools = tools or ()
         self._read: Callable[[], bool] = self._read_opening if thinking else self._read_content
         self._unread = ""
@@ -192,7 +203,7 @@ class TurnParser:
         return True
 
     def _read_reasoning(self) -> bool:
-        text, end = self._cut(_REASONING)
+        text, end = self._cut(self._reasoning_tags)
         if text:
             self._reasoning.append(text)
             self._events.append(ReasoningDelta(text))
@@ -205,7 +216,7 @@ class TurnParser:
         return True
 
     def _read_content(self) -> bool:
-        text, end = self._cut(_CONTENT_BEFORE_THINK_END if self._think_end_is_due else _CONTENT)
+        text, end = self._cut(_CONTENT_BEFORE_THINK_END if self._think_end_is_due else self._content_tags)
         self._add_content(text)
         if end is None:
             return False

@@ -31,7 +31,8 @@ class Reading:
         self.generation = generation
         self.parser: TurnParser | None = None
         if generation.chat:
-            self.parser = TurnParser(generation.tools, thinking=generation.params.in_thinking)
+            thinking, calls = generation.params.in_thinking, bool(generation.tools)
+            self.parser = TurnParser(generation.tools, thinking=thinking, calls=calls)
         self._thinking = generation.chat and generation.params.in_thinking
         self.think_end = tokenizer.id_of("</think>")
         self.token_ids: list[int] = []

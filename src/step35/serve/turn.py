@@ -26,6 +26,7 @@ class Generation:
     prompt: tuple[int, ...]
     params: SamplingParams
     tools: tuple[ToolSchema, ...] = ()
+    """What may be called; without any, what looks like a call is text, as in other servers."""
     chat: bool = False
     """Whether the answer is an assistant turn, to be parsed, or plain text."""
     one_call: bool = False
@@ -75,7 +76,10 @@ def chat_generation(
         thinking_budget=thinking.budget if thinking.enabled else None,
     )
     params = sampling_params(options, settings, len(prompt))
-    return Generation(prompt=tuple(prompt), params=params, tools=tuple(tools), chat=True, one_call=not choice.parallel)
+    callable_tools = () if choice.mode == "none" else tuple(tools)
+    return Generation(
+        prompt=tuple(prompt), params=params, tools=callable_tools, chat=True, one_call=not choice.parallel
+    )
 
 
 def prompt_ids(
