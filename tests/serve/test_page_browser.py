@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -59,21 +60,22 @@ def count(page: Browser, selector: str) -> int:
     return int(page.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length"))
 
 
-def with_drafts(sampler: Any) -> None:
-    """Let the sampler's answers say that 3 of 4 drafts were accepted."""
+def slow_with_drafts(sampler: Any) -> None:
+    """Let the sampler take its time and say that 3 of 4 drafts were accepted."""
     plain = sampler.stream
 
     async def stream(*arguments: Any) -> AsyncIterator[Any]:
         async for update in plain(*arguments):
             whole = update.completion and replace(update.completion, drafted=(3, 1), accepted=(2, 1))
             yield replace(update, completion=whole)
+            await asyncio.sleep(0.01)
 
     sampler.stream = stream
 
 
 def test_an_answer_streams_in_with_its_reasoning_folded(look: Any, serve: Any, tokenizer: Any) -> None:
     server = serve("Let me see.\n</think>\nThe answer is **42**:\n```python\n6 * 7\n```")
-    with_drafts(server.sampler)
+    slow_with_drafts(server.sampler)
     page = look(server)
     assert page.text("#model") == "tiny"
     enter(page, "#question", "What is 6 * 7?")
@@ -155,10 +157,12 @@ def test_stop_ends_the_generation_and_keeps_what_was_said(look: Any, serve: Any)
     assert text(page, ".stats").endswith("stopped")
     assert text(page, ".reasoning").startswith("Thought for")
     assert count(page, ".problem") == 0
+
+    server.sampler.closed.clear()
     enter(page, "#question", "Go on")
-    page.wait("!document.getElementById('stop').hidden")
-    page.wait("document.querySelectorAll('.turn').length === 2")
+    page.wait("[...document.querySelectorAll('.reasoning p')].at(1)?.textContent === 'Let me think'")
     page.evaluate("document.getElementById('new').click()")
+    assert server.sampler.closed.wait(5)
     page.wait("document.getElementById('stop').hidden")
     assert count(page, ".turn") == 0
     assert "user\nHi" in server.sampler.prompts[1]
