@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from step35.api.sampler import Completion, Update
 from step35.api.sampling import SamplingParams
@@ -43,6 +43,8 @@ class FakeSampler:
                 piece = "" if token == end else decoder.push(token)
                 reason = ("length" if cut else "stop") if last else None
                 whole = Completion(ids, (-0.5,) * len(ids), reason, cached_tokens=2) if reason else None
+                if whole and params.prompt_logprobs:
+                    whole = replace(whole, prompt_logprobs=(-0.25,) * (len(prompt) - 1))
                 yield Update((token,), (-0.4,), (-0.5,), top, piece, reason, whole)
                 self.started.set()
                 await asyncio.sleep(0)

@@ -44,6 +44,21 @@ def test_logprobs_in_the_older_form(serve: Any) -> None:
     assert logprobs.text_offset[1] == len(logprobs.tokens[0])
 
 
+def test_prompt_logprobs_in_vllms_form(serve: Any, tokenizer: Any) -> None:
+    client, ids = serve("one").client(), tokenizer.encode("abc def")
+    answer = client.completions.create(model="tiny", prompt=ids, extra_body={"prompt_logprobs": 0})
+    first, *rest = answer.choices[0].prompt_logprobs
+    assert first is None
+    assert rest == [
+        {str(token): {"logprob": -0.25, "rank": None, "decoded_token": tokenizer.decode([token])}} for token in ids[1:]
+    ]
+    assert not hasattr(client.completions.create(model="tiny", prompt=ids).choices[0], "prompt_logprobs")
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs=1"):
+        client.completions.create(model="tiny", prompt=ids, extra_body={"prompt_logprobs": 1})
+    with pytest.raises(openai.BadRequestError, match="leave out stream"):
+        client.completions.create(model="tiny", prompt=ids, stream=True, extra_body={"prompt_logprobs": 0})
+
+
 def test_what_is_not_served_is_named(serve: Any) -> None:
     client = serve().client()
     with pytest.raises(openai.BadRequestError, match="echo is not served"):

@@ -64,7 +64,7 @@ def serve(args: Args, llm: Any) -> int:
 
     name = args.model_name or args.path.resolve().name
     given = {field: getattr(args, field) for field in ServeSettings.model_fields}
-    settings = ServeSettings(**given | {"speculate": drafts(args, llm)})
+    settings = ServeSettings(**given | {"speculate": drafts(args, llm), "max_context": llm.max_context})
     app = create_app(llm, llm.tokenizer, model_name=name, settings=settings)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

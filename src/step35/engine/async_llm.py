@@ -56,6 +56,11 @@ class AsyncLLM:
         """The module that generates."""
         return self._llm.model
 
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._engine.max_context
+
     async def stream(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Update]:
         """Continue the prompt; closing the iterator, or cancelling the task that reads it, ends the generation."""
         [request] = self._engine.create([prompt], params, stream_text=True)

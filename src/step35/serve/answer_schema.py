@@ -111,6 +111,7 @@ class TextChoice(BaseModel):
     finish_reason: FinishReason
     token_ids: list[int] = []
     prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, Any] | None] = []
 
 
 class TextCompletion(BaseModel):

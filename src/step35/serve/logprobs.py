@@ -1,4 +1,7 @@
-"""Log-probabilities in the two forms of the OpenAI dialect. One entry for each generated token, end token included."""
+"""Log-probabilities in the two forms of the OpenAI dialect, and of prompts in vLLM's.
+
+One entry for each generated token, end token included.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,17 @@ def text_logprobs(
         "top_logprobs": top or None,
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return vLLM's `prompt_logprobs`: each prompt token's entry by its id, null for the first; ranks are unknown."""
+    found: list[dict[str, dict[str, Any]] | None] = [None]
+    for token, logprob in zip(ids[1:], logprobs, strict=True):
+        entry = {"logprob": max(logprob, LOWEST), "rank": None, "decoded_token": tokenizer.decode([token])}
+        found.append({str(token): entry})
+    return found
 
 
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

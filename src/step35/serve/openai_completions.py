@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from step35.serve.answer_schema import TextCompletion, answers
 from step35.serve.errors import ApiError
-from step35.serve.logprobs import text_logprobs
+from step35.serve.logprobs import prompt_logprobs, text_logprobs
 from step35.serve.openai_schema import CompletionRequest
 from step35.serve.reading import Reading, Step, usage
 from step35.serve.service import Service
@@ -47,6 +47,7 @@ def prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
 def generations(service: Service, body: CompletionRequest) -> list[Generation]:
     """Return `n` generations for each prompt, those of one prompt side by side."""
     options = body.options() | {"max_tokens": body.max_tokens, "top_logprobs": body.logprobs or 0}
+    options["prompt_logprobs"] = body.prompt_logprobs is not None
     found = []
     for ids in prompts(service, body):
         params = sampling_params(options, service.settings, len(ids))
@@ -91,6 +92,9 @@ class TextAnswer:
     def _choice(self, index: int, reading: Reading) -> dict[str, Any]:
         choice = {"index": index, "text": reading.text, "finish_reason": reading.finish_reason}
         choice["logprobs"] = self._logprobs(reading.token_ids, reading.logprobs, reading.top_logprobs, 0)
+        if self.body.prompt_logprobs is not None:
+            prompt = reading.generation.prompt
+            choice["prompt_logprobs"] = prompt_logprobs(self.tokenizer, prompt, reading.prompt_logprobs)
         if self.body.return_token_ids:
             choice |= {"prompt_token_ids": list(reading.generation.prompt), "token_ids": reading.token_ids}
         return choice

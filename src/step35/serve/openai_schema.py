@@ -178,6 +178,14 @@ class CompletionRequest(SamplingRequest):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(json_schema_extra=PROMPTS)
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=0)
+    """0 reports the prompt's own tokens, as in vLLM; the likeliest others at each place are not served."""
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_whole(self) -> CompletionRequest:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs come with whole answers only; leave out stream")
+        return self
 
 
 class TokenizeRequest(BaseModel):

@@ -38,6 +38,7 @@ class Reading:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[TopLogprobs] = []
+        self.prompt_logprobs: tuple[float, ...] = ()
         self.text = ""
         self.calls: list[ToolCallEnd] = []
         self.reasoning = self.content = ""
@@ -66,6 +67,7 @@ class Reading:
         events = self._parse(update)
         if update.completion:
             self.cached_tokens = update.completion.cached_tokens
+            self.prompt_logprobs = update.completion.prompt_logprobs
             self.drafted_tokens = sum(update.completion.drafted)
             self.accepted_tokens = sum(update.completion.accepted)
         if update.finish_reason == "stop" and self.calls:
