@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from step35.api.sampling import SamplingParams
 from step35.data import chat
 from step35.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from step35.engine.engine import Engine
+from step35.engine.int8 import quantise
 from step35.engine.request import Request
 from step35.model.context import Context
 from step35.model.step35 import Step35
@@ -27,6 +28,7 @@ Prompt = str | Sequence[int]
 class LLM:
     """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory.
 
+    `quantization="int8"` rounds the matrices of the model, in place, to 8 bits: see `engine/int8.py`.
     `options` go to `Engine`: `cache_tokens`, `max_pass_tokens`, `adaptive_depth`.
     """
 
@@ -38,6 +40,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         dtype: str = "float32",
         device: str = "cpu",
+        quantization: Literal["none", "int8"] = "none",
         max_batch: int = 64,
         max_context: int | None = None,
         **options: Any,
@@ -46,6 +49,8 @@ class LLM:
             model, tokenizer = load_model(path, dtype=dtype, device=device), load_tokenizer(path)
         if model is None or tokenizer is None:
             raise ValueError("LLM needs a checkpoint folder, or both model= and tokenizer=")
+        if quantization == "int8":
+            model = quantise(model)
         self.tokenizer = tokenizer
         self.engine = Engine(
             model, tokenizer.eos_ids, tokenizer=tokenizer, max_batch=max_batch, max_context=max_context, **options

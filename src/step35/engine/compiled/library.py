@@ -15,7 +15,7 @@ from pathlib import Path
 from step35.runtime.machine import cpu_flags
 
 SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
 SWITCH = "STEP35_COMPILED"
 """Environment variable; 0 keeps every pass in torch."""
 

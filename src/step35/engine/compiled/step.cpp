@@ -14,6 +14,9 @@
 #include <memory>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <omp.h>
 #ifdef __linux__
 #include <sched.h>
@@ -99,6 +102,15 @@ inline Floats load(const float* p) {
     return v;
 }
 
+#ifdef __AVX512F__  // what follows, but in one instruction a step, which GCC 12 does not find
+inline Floats load(const bf16* p) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+
+inline Floats load(const int8_t* p) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+#else
 inline Floats load(const bf16* p) {
     Halves v;
     memcpy(&v, p, sizeof v);
@@ -110,6 +122,7 @@ inline Floats load(const int8_t* p) {
     memcpy(&v, p, sizeof v);
     return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
 }
+#endif
 
 template <class T> inline Floats load_some(const T* p, int64_t count) {
     T padded[LANES] = {};
@@ -117,12 +130,26 @@ template <class T> inline Floats load_some(const T* p, int64_t count) {
     return load(padded);
 }
 
-inline float sum(Floats v) {
-    float a[LANES];
-    memcpy(a, &v, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
-    return a[0];
+// {a0, b0, a1, b1, ...} folded: each element plus the one half a vector behind it.
+inline Floats fold(Floats a, Floats b) {
+    Ints low, high;
+    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// The sum of the elements of each of COUNT vectors (a power of two, at most LANES) is left in v[0], one behind the
+// other. The order of additions within a vector is the same whatever COUNT is.
+template <int COUNT> inline void sum(Floats* v) {
+#pragma GCC unroll 8
+    for (int half = COUNT / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) v[i] = fold(v[i], v[i + half]);
+#pragma GCC unroll 8
+    for (int parts = LANES / COUNT; parts > 1; parts /= 2) {
+        Ints behind;
+        for (int i = 0; i < LANES; i++) behind[i] = (i + parts / 2 * COUNT) % LANES;
+        v[0] += __builtin_shuffle(v[0], behind);
+    }
 }
 
 inline float widen(float x) { return x; }
@@ -180,45 +207,57 @@ template <class F> inline void cached(int32_t type, void* data, F f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Products of rows with the rows of a matrix.
 
-// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next.
-template <int ROWS, int OUTS, class T>
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
+// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what the next
+// tile reads is fetched meanwhile: rows of a matrix are too short for the CPU to guess it in time.
+template <int ROWS, int OUTS, bool AHEAD, class T>
 inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
-    Floats sums[ROWS][OUTS] = {};
+    constexpr int COUNT = power_of_two(ROWS * OUTS);
+    Floats sums[COUNT] = {};
     int64_t d = 0;
     for (; d + LANES <= ins; d += LANES) {
         Floats wide[OUTS];
-        for (int o = 0; o < OUTS; o++) wide[o] = load(w + o * stride + d);
+        for (int o = 0; o < OUTS; o++) {
+            if (AHEAD) __builtin_prefetch(w + (o + OUTS) * stride + d);
+            wide[o] = load(w + o * stride + d);
+        }
         for (int r = 0; r < ROWS; r++) {
             Floats row = load(x[r] + d);
-            for (int o = 0; o < OUTS; o++) sums[r][o] += row * wide[o];
+            for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] += row * wide[o];
         }
     }
     if (d < ins)
         for (int o = 0; o < OUTS; o++) {
             Floats wide = load_some(w + o * stride + d, ins - d);
-            for (int r = 0; r < ROWS; r++) sums[r][o] += load_some(x[r] + d, ins - d) * wide;
+            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] += load_some(x[r] + d, ins - d) * wide;
         }
+    sum<COUNT>(sums);
     for (int r = 0; r < ROWS; r++)
-        for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sum(sums[r][o]);
+        for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
 }
 
-template <int ROWS, class T>
+template <int ROWS, bool AHEAD, class T>
 inline void tiles(const float* const* x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
     constexpr int OUTS = ROWS == 1 ? 8 : TILE_OUTS;
     int o = 0;
-    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS>(x, w + o * stride, stride, ins, y + o, y_stride);
-    for (; o < outs; o++) tile<ROWS, 1>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS, AHEAD>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o < outs; o++) tile<ROWS, 1, false>(x, w + o * stride, stride, ins, y + o, y_stride);
 }
 
 // y[r][o] = x[r] . w[o] for any number of rows and of outputs.
 template <class T>
 inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
                      int64_t y_stride) {
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tiles<TILE_ROWS>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
-    if (rows - r == 3) tiles<3>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
-    if (rows - r == 2) tiles<2>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
-    if (rows - r == 1) tiles<1>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true>(x, w, stride, ins, outs, y, y_stride);
+    int64_t r = TILE_ROWS;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        tiles<TILE_ROWS, false>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    r = rows / TILE_ROWS * TILE_ROWS;
+    x += r, y += r * y_stride;
+    if (rows - r == 3) tiles<3, true>(x, w, stride, ins, outs, y, y_stride);
+    if (rows - r == 2) tiles<2, true>(x, w, stride, ins, outs, y, y_stride);
+    if (rows - r == 1) tiles<1, true>(x, w, stride, ins, outs, y, y_stride);
 }
 
 // Outputs `begin` to `begin + count` of a matrix, for rows given by pointers, into y (rows, STRIP).
@@ -304,7 +343,8 @@ struct Pass {
         int64_t d = 0;
         for (; d + LANES <= size; d += LANES) squares += load(x + d) * load(x + d);
         if (d < size) squares += load_some(x + d, size - d) * load_some(x + d, size - d);
-        float scale = 1.0f / std::sqrt(sum(squares) / size + model.eps);
+        sum<1>(&squares);
+        float scale = 1.0f / std::sqrt(squares[0] / size + model.eps);
         typed(weight.type, weight.data, [&](auto* w) {
             for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * (1.0f + widen(w[i]));
         });
