@@ -21,6 +21,7 @@ from pathlib import Path
 
 import cases
 import numpy as np
+import serve_vllm
 import torch
 
 from step35.api.sampling import SamplingParams
@@ -85,7 +86,7 @@ def main() -> int:
     loaded = [Case.load(folder) for folder in cases.build(args.work)]
     rows: list[Row] = []
     for case in loaded:
-        for compare in (transformers, vllm, llama, llama_q8, tokens_of_text, drafts):
+        for compare in (transformers, vllm, vllm_server, llama, llama_q8, tokens_of_text, drafts):
             rows += compare(case)
             print(f"interop: {case.folder.name}: {compare.__name__} done", flush=True)
     console = Console()
@@ -117,6 +118,14 @@ def vllm(case: Case) -> list[Row]:
 
     worst = max(float(np.abs(ours - theirs).max()) for ours, theirs in map(pair, range(len(case.prompts))))
     return [_against(case, found, "fp32 prompt log-probs, largest", 1e-4, pair, error=worst)]
+
+
+def vllm_server(case: Case) -> list[Row]:
+    """What `step35 serve --backend vllm` answers over HTTP, with drafts, to problems that want a tool."""
+    if case.folder.name != "shipped":
+        return []  # random models call no tools
+    found = serve_vllm.answers(case.folder / "checkpoint", case.folder / "serve-vllm.log")
+    return [Row("vllm serve", "shipped", what, None, None, equal, of) for what, (equal, of) in found.items()]
 
 
 def llama(case: Case) -> list[Row]:

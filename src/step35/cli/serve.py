@@ -1,18 +1,19 @@
 """Serve a model over HTTP in the dialects of OpenAI and Anthropic: chat, tools, structured answers, metrics.
 
-SIGTERM and Ctrl-C let running answers end first; a second one ends them too.
+SIGTERM and Ctrl-C let running answers end first; a second one ends them too. `--backend vllm` starts vLLM instead,
+with the flags that this model needs.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from pydantic import Field
 
 from step35.cli.shipped import SHIPPED
-from step35.config.serve import ServeSettings
+from step35.config.serve import ServeSettings, VllmSettings
 from step35.errors import ConfigError
 
 
@@ -27,12 +28,44 @@ class Args(ServeSettings):
     """Port to listen on; 0 picks a free one."""
     model_name: str = ""
     """Name that clients ask for; by default, that of the folder."""
-    dtype: str = "float32"
-    """Dtype of weights and computation: float32, bfloat16 or float16."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of weights and computation; auto is float32 with step35, and with vllm the checkpoint's own."""
+    backend: Literal["step35", "vllm"] = "step35"
+    """What serves: our own engine, or vLLM, for many GPUs; it needs a vLLM installation."""
+    vllm: VllmSettings = VllmSettings()
+    """Only with --backend vllm."""
 
 
 def main(args: Args) -> int:
-    """Load the model and serve it until a signal ends it."""
+    """Serve the model until a signal ends it."""
+    from step35.serve.vllm import check_unused
+
+    if args.backend == "vllm":
+        return become_vllm(args)
+    check_unused(args.vllm)
+    return serve_here(args)
+
+
+def become_vllm(args: Args) -> int:
+    """Hand this process over to vLLM."""
+    from step35.config.model import ModelConfig
+    from step35.serve.vllm import Target, command, run
+
+    modules = ModelConfig.read(args.path).num_nextn_predict_layers
+    target = Target(
+        path=str(args.path.resolve()),
+        model_name=served_name(args),
+        host=args.host,
+        port=args.port,
+        dtype=args.dtype,
+        mtp_modules=modules,
+    )
+    run(command(target, settings(args), args.vllm))
+    return 0
+
+
+def serve_here(args: Args) -> int:
+    """Load the model and serve it."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -43,11 +76,22 @@ def main(args: Args) -> int:
     from step35.runtime.device import set_threads
 
     set_threads()
-    llm = AsyncLLM(args.path, dtype=args.dtype, max_batch=args.max_concurrent, max_context=args.max_context)
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    llm = AsyncLLM(args.path, dtype=dtype, max_batch=args.max_concurrent, max_context=args.max_context)
     try:
         return serve(args, llm)
     finally:
         llm.close()
+
+
+def served_name(args: Args) -> str:
+    """Return the name that clients ask for."""
+    return args.model_name or args.path.resolve().name
+
+
+def settings(args: Args, **known: Any) -> ServeSettings:
+    """Return the server's settings among the arguments; `known` ones win."""
+    return ServeSettings(**{field: getattr(args, field) for field in ServeSettings.model_fields} | known)
 
 
 def drafts(args: Args, llm: Any) -> int:
@@ -62,10 +106,8 @@ def serve(args: Args, llm: Any) -> int:
     from step35.serve.app import create_app
     from step35.serve.server import DrainingServer, log_to_stderr
 
-    name = args.model_name or args.path.resolve().name
-    given = {field: getattr(args, field) for field in ServeSettings.model_fields}
-    settings = ServeSettings(**given | {"speculate": drafts(args, llm), "max_context": llm.max_context})
-    app = create_app(llm, llm.tokenizer, model_name=name, settings=settings)
+    name, known = served_name(args), {"speculate": drafts(args, llm), "max_context": llm.max_context}
+    app = create_app(llm, llm.tokenizer, model_name=name, settings=settings(args, **known))
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,4 +1,4 @@
-"""Every knob of the server; the command line shows the field texts as its help."""
+"""Every knob of the server, and of vLLM in its place; the command line shows the field texts as its help."""
 
 from __future__ import annotations
 
@@ -34,3 +34,20 @@ class ServeSettings(Config):
     """Thinking budget of `reasoning_effort: high`."""
     speculate: int | None = Field(default=None, ge=0)
     """MTP drafts a step, by default as many as the model has modules; the answers are distributed the same."""
+
+
+class VllmSettings(Config):
+    """How vLLM spreads the model, for `--backend vllm`. Whatever has no name here goes into `args`."""
+
+    executable: str = "vllm"
+    """vLLM's program: a name on PATH, or a path."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that share each layer."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Groups of layers, one after the other."""
+    data_parallel: int = Field(default=1, ge=1)
+    """Replicas of attention, over all nodes; each takes `tensor_parallel` times `pipeline_parallel` GPUs."""
+    expert_parallel: bool = False
+    """Give each GPU whole experts, instead of a slice of every expert."""
+    args: str = ""
+    """More arguments for vLLM, as on a command line; write --vllm.args="--enforce-eager"."""
