@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from step35.api.sampler import Update
 from step35.api.sampling import SamplingParams
 from step35.cli import main as cli
 from step35.engine.llm import LLM
@@ -30,13 +31,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     def install(*turns: str) -> list[str]:
         prompts: list[str] = []
 
-        def stream_ids(self: LLM, prompt: Any, params: SamplingParams | None = None) -> Iterator[list[int]]:
+        def stream(self: LLM, prompt: Any, params: SamplingParams | None = None) -> Iterator[str]:
             prompts.append(self.tokenizer.decode(list(prompt)))
             ids = self.tokenizer.encode(turns[len(prompts) - 1])
             for start in range(0, len(ids), 3):  # as accepted drafts arrive
-                yield ids[start : start + 3]
+                yield self.tokenizer.decode(ids[start : start + 3], skip_special=True)
 
-        monkeypatch.setattr(LLM, "stream_ids", stream_ids)
+        monkeypatch.setattr(LLM, "stream", stream)
         return prompts
 
     return install
@@ -69,13 +70,13 @@ def test_sampling_flags_reach_the_sampler(capsys: pytest.CaptureFixture[str], mi
 def test_text_is_the_same_with_any_number_of_drafts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, micro_checkpoint: Path
 ) -> None:
-    stream_ids, depths = LLM.stream_ids, []
+    updates, depths = LLM.updates, []
 
-    def recording(self: LLM, prompt: Any, params: SamplingParams) -> Iterator[list[int]]:
+    def recording(self: LLM, prompt: Any, params: SamplingParams) -> Iterator[Update]:
         depths.append(params.speculate)
-        return stream_ids(self, prompt, params)
+        return updates(self, prompt, params)
 
-    monkeypatch.setattr(LLM, "stream_ids", recording)
+    monkeypatch.setattr(LLM, "updates", recording)
     command = ["generate", str(micro_checkpoint), "--prompt", "Add 1", "--seed", "3", "--max-tokens", "30"]
     shown = [output(capsys, *command, *flags) for flags in ([], ["--speculate", "0"], ["--speculate", "1"])]
     assert shown[0] == shown[1] == shown[2]

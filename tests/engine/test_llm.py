@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from step35.api.sampler import Completion, Sampler
 from step35.api.sampling import SamplingParams
 from step35.data import chat
 from step35.data.tokenizer import Tokenizer, train_tokenizer
+from step35.engine.engine import News
 from step35.engine.llm import LLM
+from step35.engine.request import Request
 from step35.model.step35 import Step35
 from step35.model.weights import save_model
 
@@ -63,21 +65,68 @@ def test_streaming_gives_the_text_of_generate(llm: LLM, tokenizer: Tokenizer, se
     params = SamplingParams(max_tokens=60, temperature=3.0, seed=seed, ignore_eos=True, speculate=speculate)
     [completion] = llm.generate("the quick", params)
     pieces = list(llm.stream("the quick", params))
-    assert "".join(pieces) == tokenizer.decode(completion.token_ids)
+    assert "".join(pieces) == completion.text == tokenizer.decode(completion.token_ids, skip_special=True)
     assert "" not in pieces
     assert len(pieces) > 5
     assert [t for new in llm.stream_ids("the quick", params) for t in new] == list(completion.token_ids)
 
 
-def test_a_character_is_never_streamed_in_halves(
+@pytest.fixture
+def say(
     llm: LLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[list[int], SamplingParams], list[str]]:
+    """Return a function that makes the model say given tokens, and returns what is streamed."""
+
+    def say(ids: list[int], params: SamplingParams) -> list[str]:
+        def run(requests: list[Request]) -> Iterator[News]:
+            for token in ids:
+                going = requests[0].append(token, 0.0, 0.0, 0)
+                yield [(requests[0], [token])]
+                if not going:
+                    return
+
+        monkeypatch.setattr(llm.engine, "run", run)
+        return list(llm.stream("", replace(params, max_tokens=len(ids))))
+
+    return say
+
+
+def test_a_character_is_never_streamed_in_halves(say: Callable[..., list[str]], tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é🙂x")
     assert len(ids) > 3
-    monkeypatch.setattr(llm, "stream_ids", lambda prompt, params=None: iter([[token] for token in ids]))
-    assert list(llm.stream("", GREEDY)) == ["é", "🙂", "x"]
+    assert say(ids, GREEDY) == ["é", "🙂", "x"]
     ids.append(tokenizer.encode("🙂")[0])
-    assert list(llm.stream("", GREEDY)) == ["é", "🙂", "x", "\ufffd"]  # cut off by the token limit
+    assert say(ids, GREEDY) == ["é", "🙂", "x", "\ufffd"]  # cut off by the token limit
+
+
+def test_stop_texts_and_end_tokens_are_not_streamed(say: Callable[..., list[str]], tokenizer: Tokenizer) -> None:
+    params = replace(GREEDY, stop=("yz!", "ab"))
+    assert "".join(say(tokenizer.encode("xyzyz!x"), params)) == "xyz"
+    assert say(tokenizer.encode("xyzy"), params) == ["x", "yzy"]  # held back until no stop text can follow
+    ended = [*tokenizer.encode("</think>x"), tokenizer.id_of("<|im_end|>"), *tokenizer.encode("x")]
+    assert say(ended, params) == ["</think>", "x"]
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_every_way_to_generate_ends_before_a_stop_text(llm: LLM, speculate: int) -> None:
+    params = SamplingParams(max_tokens=60, temperature=3.0, seed=0, ignore_eos=True, speculate=speculate)
+    whole = llm.generate("the quick", params)[0].text
+    stopping = replace(params, stop=(whole[20:23],))
+    expected = whole[: whole.index(whole[20:23])]
+    [completion] = llm.generate("the quick", stopping)
+    assert (completion.text, completion.finish_reason) == (expected, "stop")
+    assert "".join(llm.stream("the quick", stopping)) == expected
+    last = list(llm.updates("the quick", stopping))[-1].completion
+    assert last is not None
+    assert (last.text, last.token_ids) == (expected, completion.token_ids)
+
+
+def test_chat_ends_before_a_stop_text(llm: LLM) -> None:
+    question = [{"role": "user", "content": "the"}]
+    params = SamplingParams(max_tokens=40, seed=5, ignore_eos=True)
+    text = llm.generate([chat.encode_prompt(llm.tokenizer, question)], params)[0].text
+    message = llm.chat(question, params=replace(params, stop=(text[9:12],)))
+    assert message == chat.parse(text[: text.index(text[9:12])])
 
 
 def test_chat_renders_the_messages_and_parses_the_answer(

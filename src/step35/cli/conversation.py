@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from step35.agents.tools.calculator import Calculator
 from step35.api.messages import Message
 from step35.api.sampling import SamplingParams
 from step35.data import chat
-from step35.data.tokenizer import StreamDecoder
 from step35.engine.llm import LLM
 
 if TYPE_CHECKING:
     from step35.cli.chat import Args
 
 REASONING, CALL, RESULT = "dim italic", "cyan", "green"
+TAGS = re.compile("(</think>|</?tool_call>)")
+"""Where the style changes; each is one token, so it comes whole."""
 
 
 class Conversation:
@@ -54,19 +56,20 @@ class Conversation:
             seed=self.args.seed,
             speculate=len(self.llm.model.mtp),
         )
-        decoder, style = StreamDecoder(self.llm.tokenizer), REASONING
-        ids: list[int] = []
-        for new in self.llm.stream_ids(prompt, params):
-            ids += new
-            for token in new:
-                style = self._show(decoder.push(token), style)
+        text, style = "", REASONING
+        for piece in self.llm.stream(prompt, params):
+            text += piece
+            style = self._show(piece, style)
         self.screen.print()
-        return chat.parse(self.llm.tokenizer.turn_text(ids), schemas)
+        return chat.parse(text, schemas)
 
-    def _show(self, piece: str, style: str) -> str:
-        """Print one token's text and return the style of what follows it."""
-        if piece == "<tool_call>":
-            style = CALL
-        visible = "" if piece in ("</think>", "<|im_end|>") else piece
-        self.screen.print(Text(visible, style=style), end="", soft_wrap=True)
-        return "" if piece in ("</think>", "</tool_call>") else style
+    def _show(self, text: str, style: str) -> str:
+        """Print new text and return the style of what follows it."""
+        for piece in TAGS.split(text):
+            if piece == "<tool_call>":
+                style = CALL
+            if piece != "</think>":
+                self.screen.print(Text(piece, style=style), end="", soft_wrap=True)
+            if piece in ("</think>", "</tool_call>"):
+                style = ""
+        return style

@@ -40,7 +40,6 @@ class Args(Config):
 def main(args: Args) -> int:
     """Print the prompt and its continuation as it is generated."""
     from step35.api.sampling import SamplingParams
-    from step35.data.tokenizer import StreamDecoder
     from step35.engine.llm import LLM
     from step35.runtime.device import set_threads
 
@@ -57,13 +56,12 @@ def main(args: Args) -> int:
     )
     started = time.perf_counter()
     tokens = passes = 0
-    decoder = StreamDecoder(llm.tokenizer, skip_special=True)
-    for new in llm.stream_ids(prompt, params):
+    for new in llm.updates(prompt, params):
         if not passes:
-            print(prompt, end="", flush=True)
-        tokens, passes = tokens + len(new), passes + 1
-        print("".join(decoder.push(token) for token in new), end="", flush=True)
-    print(decoder.flush())
+            print(prompt, end="")
+        tokens, passes = tokens + len(new.token_ids), passes + 1
+        print(new.text, end="", flush=True)
+    print()
     seconds = time.perf_counter() - started
     print(
         f"[{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, {tokens / passes:.2f} a pass]",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from step35.api.sampler import Update
 from step35.api.sampling import SamplingParams
 from step35.engine.engine import InFlight
-from step35.engine.llm import LLM
+from step35.engine.llm import LLM, update
 from step35.engine.request import Request
 
 Result = TypeVar("Result")
@@ -154,18 +154,3 @@ class AsyncLLM:
         for request, stream in list(self._streams.items()):
             self._cancel(request)
             stream.put(error)
-
-
-def update(request: Request, count: int) -> Update:
-    """Describe the last `count` tokens of a request whose text is followed."""
-    ended = request.finish_reason is not None
-    assert request.text is not None
-    return Update(
-        tuple(request.tokens[-count:]),
-        tuple(request.logprobs[-count:]),
-        tuple(request.raw_logprobs[-count:]),
-        tuple(request.top_logprobs[-count:]),
-        request.text.take(),
-        request.finish_reason,
-        request.completion(request.text.whole) if ended else None,
-    )

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from step35.api.messages import Message, ToolSchema
-from step35.api.sampler import Completion
+from step35.api.sampler import Completion, Update
 from step35.api.sampling import SamplingParams
 from step35.data import chat
-from step35.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from step35.data.tokenizer import Tokenizer, load_tokenizer
 from step35.engine.engine import Engine
 from step35.engine.int8 import quantise
 from step35.engine.request import Request
+from step35.engine.stop_text import StopText
 from step35.model.context import Context
 from step35.model.step35 import Step35
 from step35.model.weights import load_model
@@ -79,25 +80,26 @@ class LLM:
         """Return the next assistant message, reasoning and tool calls parsed."""
         prompt = chat.encode_prompt(self.tokenizer, messages, tools)
         [completion] = self.generate([prompt], params)
-        return chat.parse(self.tokenizer.turn_text(completion.token_ids), tools)
+        return chat.parse(completion.text, tools)
+
+    def updates(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
+        """Yield what each pass brings: one token, or more when drafts were right, and the text that is complete."""
+        [request] = self.engine.create([self._ids(prompt)], params or SamplingParams())
+        request.text = request.text or StopText(self.tokenizer, skip_special=True)
+        for news in self.engine.run([request]):
+            for _, tokens in news:
+                yield update(request, len(tokens))
 
     def stream_ids(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[list[int]]:
-        """Yield the new tokens of each pass: the first after the prompt, then one, or more when drafts were right."""
-        requests = self.engine.create([self._ids(prompt)], params or SamplingParams())
-        for news in self.engine.run(requests):
-            for _, tokens in news:
-                yield tokens
+        """Yield the new tokens of each pass."""
+        for new in self.updates(prompt, params):
+            yield list(new.token_ids)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """Yield the continuation's text piece by piece, special tokens included, never half a character."""
-        decoder = StreamDecoder(self.tokenizer)
-        for tokens in self.stream_ids(prompt, params):
-            text = "".join(decoder.push(token) for token in tokens)
-            if text:
-                yield text
-        rest = decoder.flush()
-        if rest:
-            yield rest
+        """Yield the text of `generate` piece by piece: never half a character, nor the start of a stop text."""
+        for new in self.updates(prompt, params):
+            if new.text:
+                yield new.text
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -123,3 +125,18 @@ def score_one(model: Step35, ids: Sequence[int]) -> list[float]:
     logits = model.logits(model.trunk(tokens_BT, Context.packed(tokens_BT)))
     losses = F.cross_entropy(logits[0, :-1], tokens_BT[0, 1:], reduction="none")
     return (-losses).tolist()
+
+
+def update(request: Request, count: int) -> Update:
+    """Describe the last `count` tokens of a request whose text is followed."""
+    ended = request.finish_reason is not None
+    assert request.text is not None
+    return Update(
+        tuple(request.tokens[-count:]),
+        tuple(request.logprobs[-count:]),
+        tuple(request.raw_logprobs[-count:]),
+        tuple(request.top_logprobs[-count:]),
+        request.text.take(),
+        request.finish_reason,
+        request.completion(request.text.whole) if ended else None,
+    )
