@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from step35.api.sampler import Update
 from step35.api.sampling import SamplingParams
 from step35.cli import main as cli
+from step35.engine.int8 import Int8Linear
 from step35.engine.llm import LLM
 
 CALL = (
@@ -60,27 +62,106 @@ def test_generate_prints_prompt_and_continuation(capsys: pytest.CaptureFixture[s
 
 
 def test_sampling_flags_reach_the_sampler(capsys: pytest.CaptureFixture[str], micro_checkpoint: Path) -> None:
-    values = {"temperature": 0.8, "top_p": 0.7, "top_k": 9, "seed": 5, "max_tokens": 17, "speculate": 1}
+    values = {
+        "temperature": 1.8, "top_p": 0.9, "top_k": 90, "min_p": 0.01, "seed": 5, "max_tokens": 17, "speculate": 1,
+        "repetition_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": -0.2,
+    }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     shown = output(capsys, "generate", str(micro_checkpoint), "--prompt", "Add 1", *flags)
     params = SamplingParams(**values)
     assert shown == f"Add 1{LLM(micro_checkpoint).generate(['Add 1'], params)[0].text}\n"
 
 
-def test_text_is_the_same_with_any_number_of_drafts(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, micro_checkpoint: Path
-) -> None:
-    updates, depths = LLM.updates, []
+@pytest.fixture
+def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LLM, SamplingParams]]:
+    """What generates, and with which parameters, in the order of the calls to come."""
+    calls, updates = [], LLM.updates
 
     def recording(self: LLM, prompt: Any, params: SamplingParams) -> Iterator[Update]:
-        depths.append(params.speculate)
+        calls.append((self, params))
         return updates(self, prompt, params)
 
     monkeypatch.setattr(LLM, "updates", recording)
+    return calls
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_the_settings_that_both_verbs_share(
+    verb: str, micro_checkpoint: Path, created: list[tuple[LLM, SamplingParams]]
+) -> None:
+    command = [verb, str(micro_checkpoint), "--max-tokens", "5", *(["--message", "Hi"] if verb == "chat" else [])]
+    flags = ["--stop", "a b", "--stop=c", "--min-p", "0.5", "--repetition-penalty", "2", "--presence-penalty", "0.5"]
+    flags += ["--frequency-penalty", "0.25", "--max-context", "900", "--quantization", "int8", "--top-k", "3"]
+    assert cli.main([*command, *flags]) == 0
+    assert cli.main(command) == 0
+    (llm, params), (plain_llm, plain) = created
+    assert (params.stop, params.min_p, params.top_k, params.max_tokens) == (("a b", "c"), 0.5, 3, 5)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (2, 0.5, 0.25)
+    assert llm.engine.max_context == 900
+    assert any(isinstance(module, Int8Linear) for module in llm.model.modules())
+    assert not any(isinstance(module, Int8Linear) for module in plain_llm.model.modules())
+    assert (plain.stop, plain.min_p, plain.repetition_penalty) == ((), 0.0, 1.0)
+    assert cli.main([*command, "--max-context", "2"]) != 0
+
+
+def test_the_text_ends_before_a_stop_text(capsys: pytest.CaptureFixture[str], micro_checkpoint: Path) -> None:
+    command = ["generate", str(micro_checkpoint), "--prompt", "Add 1", "--seed", "3", "--temperature", "2"]
+    whole = output(capsys, *command).removeprefix("Add 1").removesuffix("\n")
+    shown = output(capsys, *command, "--stop", whole[8:11])
+    assert shown == f"Add 1{whole[: whole.index(whole[8:11])]}\n"
+
+
+def test_a_schema_from_a_file_and_from_a_text(
+    capsys: pytest.CaptureFixture[str], micro_checkpoint: Path, tmp_path: Path
+) -> None:
+    text = (
+        '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false}'
+    )
+    file = tmp_path / "schema.json"
+    file.write_text(text)
+    command = ["generate", str(micro_checkpoint), "--prompt", "Add 1", "--seed", "3", "--json-schema"]
+    shown = output(capsys, *command, text)
+    assert json.loads(shown.removeprefix("Add 1"))["a"] in (True, False)
+    assert output(capsys, *command, str(file)) == shown
+
+
+def test_an_expression_holds_behind_the_thinking(capsys: pytest.CaptureFixture[str], micro_checkpoint: Path) -> None:
+    command = ["generate", str(micro_checkpoint), "--seed", "3", "--regex", "(yes|no){2}", "--prompt"]
+    assert output(capsys, *command, "Add 1").removeprefix("Add 1") in ("yesyes\n", "yesno\n", "noyes\n", "nono\n")
+    thinking = output(capsys, *command, "<think>\n", "--max-tokens", "5")
+    assert not thinking.startswith(("<think>\nyes", "<think>\nno"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json-schema", "{"], "--json-schema cannot be read"),
+        (["--json-schema", "no.such.file"], "--json-schema no.such.file cannot be read"),
+        (["--json-schema", "{}", "--regex", "a"], "both given"),
+        (["--regex", "("], "unclosed group"),
+    ],
+)
+def test_grammars_that_cannot_be_used_say_why(
+    capsys: pytest.CaptureFixture[str], micro_checkpoint: Path, flags: list[str], message: str
+) -> None:
+    assert cli.main(["generate", str(micro_checkpoint), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_thinking_budget_closes_the_block(capsys: pytest.CaptureFixture[str], micro_checkpoint: Path) -> None:
+    command = ["chat", str(micro_checkpoint), "--message", "Hi", "--max-tokens", "20", "--thinking-budget"]
+    bound, free = output(capsys, *command, "0"), output(capsys, *command, "None")
+    assert bound.startswith("\n\n")  # the closed, empty block; its tag is not shown
+    assert not free.startswith("\n\n")
+
+
+def test_text_is_the_same_with_any_number_of_drafts(
+    capsys: pytest.CaptureFixture[str], micro_checkpoint: Path, created: list[tuple[LLM, SamplingParams]]
+) -> None:
     command = ["generate", str(micro_checkpoint), "--prompt", "Add 1", "--seed", "3", "--max-tokens", "30"]
     shown = [output(capsys, *command, *flags) for flags in ([], ["--speculate", "0"], ["--speculate", "1"])]
     assert shown[0] == shown[1] == shown[2]
-    assert depths == [2, 0, 1]  # by default all modules draft
+    assert [params.speculate for _, params in created] == [2, 0, 1]  # by default all modules draft
 
 
 def test_seeds_repeat_and_differ(capsys: pytest.CaptureFixture[str], micro_checkpoint: Path) -> None:

@@ -8,36 +8,27 @@ away from 400.", "How many times does 12 fit into 500?" or "What is the remainde
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import tyro
 from pydantic import Field
 
-from step35.cli.shipped import SHIPPED
-from step35.config.base import Config
+from step35.cli.decoding import Decoding
 
 HELP = "Type a question; /new starts over, /quit or Ctrl-D ends."
 
 
-class Args(Config):
+class Args(Decoding):
     """Whom to talk to, and how."""
 
-    path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens of one turn."""
     message: str = ""
     """Ask this one question and exit."""
     system: str = ""
     """System message."""
     tools: bool = True
     """Offer the calculator."""
-    max_tokens: int = Field(default=256, ge=1)
-    """Most tokens of one turn."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
-    seed: int | None = None
-    """Seed of the sampling, above temperature 0."""
-    dtype: str = "float32"
-    """Dtype of weights and computation: float32, bfloat16 or float16."""
+    thinking_budget: int | None = Field(default=None, ge=0)
+    """Most tokens of thinking in a turn; then the think block is closed and the answer follows. None sets no limit."""
 
 
 def main(args: Args) -> int:

@@ -11,9 +11,7 @@ from rich.text import Text
 from step35.agents.loop import respond
 from step35.agents.tools.calculator import Calculator
 from step35.api.messages import Message
-from step35.api.sampling import SamplingParams
 from step35.data import chat
-from step35.engine.llm import LLM
 
 if TYPE_CHECKING:
     from step35.cli.chat import Args
@@ -28,7 +26,7 @@ class Conversation:
 
     def __init__(self, args: Args) -> None:
         self.args = args
-        self.llm = LLM(args.path, dtype=args.dtype)
+        self.llm = args.load()
         calculator = Calculator()
         self.tools = {calculator.name: calculator} if args.tools else {}
         self.screen = Console(highlight=False)
@@ -50,12 +48,7 @@ class Conversation:
         """Generate one assistant turn, printing it token by token."""
         schemas = [tool.schema for tool in self.tools.values()]
         prompt = chat.encode_prompt(self.llm.tokenizer, messages, schemas)
-        params = SamplingParams(
-            max_tokens=self.args.max_tokens,
-            temperature=self.args.temperature,
-            seed=self.args.seed,
-            speculate=len(self.llm.model.mtp),
-        )
+        params = self.args.params(self.llm, in_thinking=True)
         text, style = "", REASONING
         for piece in self.llm.stream(prompt, params):
             text += piece

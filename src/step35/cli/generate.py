@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from pydantic import Field
 
-from step35.cli.shipped import SHIPPED
-from step35.config.base import Config
+from step35.cli.decoding import Decoding
+from step35.errors import ConfigError
+
+if TYPE_CHECKING:
+    from step35.api.sampling import Grammar
 
 
-class Args(Config):
+class Args(Decoding):
     """What to continue, and how."""
 
-    path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout."""
-    prompt: str | None = None
-    """Text to continue; "-" reads it from standard input. By default, a question for the calculator as `chat` asks it,
-    which is the text that the model of the package knows how to continue."""
     max_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate."""
     temperature: float = Field(default=0.7, ge=0)
-    """0 is greedy."""
+    """0 is greedy, 1 samples from the model's own distribution."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample from the k likeliest tokens; 0 for all."""
-    seed: int | None = None
-    """Seed of the sampling; without one, each call differs."""
-    speculate: int | None = Field(default=None, ge=0)
-    """MTP drafts a step; by default as many as the model has modules. The text is the same with any number."""
-    dtype: str = "float32"
-    """Dtype of weights and computation: float32, bfloat16 or float16."""
+    prompt: str | None = None
+    """Text to continue; "-" reads it from standard input. By default, a question for the calculator as `chat` asks it,
+    which is the text that the model of the package knows how to continue."""
+    json_schema: str | None = None
+    """Allow nothing but JSON that fits this schema: a file, or the schema itself, which begins with "{". Where the
+    prompt ends in an open think block, this holds for what follows the thinking."""
+    regex: str | None = None
+    """Allow nothing but a text that this expression matches as a whole; again, behind the thinking."""
 
 
 def main(args: Args) -> int:
     """Print the prompt and its continuation as it is generated."""
-    from step35.api.sampling import SamplingParams
-    from step35.engine.llm import LLM
     from step35.runtime.device import set_threads
 
     set_threads()
-    llm = LLM(args.path, dtype=args.dtype)
     prompt = question() if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        speculate=len(llm.model.mtp) if args.speculate is None else args.speculate,
-    )
+    limits = grammar(args)
+    llm = args.load()
+    params = args.params(llm, grammar=limits, in_thinking=prompt.endswith("<think>\n"))
     started = time.perf_counter()
     tokens = passes = 0
     for new in llm.updates(prompt, params):
@@ -78,3 +69,27 @@ def question() -> str:
     return chat.render(
         [{"role": "user", "content": "What is 4821 * 77?"}], [Calculator().schema], add_generation_prompt=True
     )
+
+
+def grammar(args: Args) -> Grammar | None:
+    """Return what limits the text; raise `ConfigError` for a schema that cannot be read."""
+    from step35.api.sampling import Grammar
+
+    if args.json_schema is not None and args.regex is not None:
+        raise ConfigError("--json-schema and --regex are both given; leave one out.")
+    if args.json_schema is not None:
+        return Grammar(json_schema=schema(args.json_schema))
+    return None if args.regex is None else Grammar(regex=args.regex)
+
+
+def schema(source: str) -> dict[str, Any]:
+    """Read a JSON schema from a file, or from the text itself."""
+    inline = source.lstrip().startswith("{")
+    where = "--json-schema" if inline else f"--json-schema {source}"
+    try:
+        found = json.loads(source if inline else Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{where} cannot be read: {error}; give a file, or the schema itself, "{{" first.') from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} holds {found!r}; a schema is an object.")
+    return found
