@@ -8,6 +8,7 @@ acceptance rate equals that of rejection sampling (the probability the trunk giv
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class Engine:
 
     `cache_tokens` is the number of tokens whose keys and values full layers keep, for all requests together and for
     prefixes that may come again. `max_pass_tokens` bounds the rows of a pass: long prompts are read in chunks while
-    others decode. `adaptive_depth` drafts no deeper than the acceptance so far makes worth while.
+    others decode. `adaptive_depth` drafts no deeper than acceptance and times so far make worth while.
     """
 
     def __init__(
@@ -136,8 +137,11 @@ class Engine:
     def step(self) -> News:
         """Run one pass and return the tokens that it brought."""
         self._swap_weights_when_idle()
+        self._choose_depth()
         planned = self.scheduler.plan()
-        self._draft([rows.request for rows in planned if rows.request.decoding and rows.request.depth])
+        decoding = [rows.request for rows in planned if rows.request.decoding]
+        started = time.perf_counter()
+        self._draft([request for request in decoding if request.depth])
         planned = [Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned]
         planned.sort(key=lambda rows: rows.count)  # requests with equally many rows attend together
         if not planned:
@@ -147,6 +151,8 @@ class Engine:
         self._catch_up([rows for rows in planned if rows.request.finish_reason is None])
         for rows in planned:
             self._settle(rows.request)
+        if self.depths is not None and len(decoding) == len(planned):
+            self.depths.time(len(decoding), max(r.depth for r in decoding), time.perf_counter() - started)
         self.counters["passes"] += 1
         self.counters["rows"] += len(h_ND)
         return news
@@ -194,6 +200,15 @@ class Engine:
         if stream_text or params.stop:
             request.text = StopText(self.tokenizer, params.stop, skip_special=not stream_text)
         request.constraint = build_constraint(params, self.tokenizer, self._grammars)
+
+    def _choose_depth(self) -> None:
+        """With adaptive depth, let all requests that decode draft equally deep, as far as they may."""
+        decoding = [request for request in self.scheduler.running if request.decoding]
+        most = max((request.params.speculate for request in decoding), default=0)
+        if self.depths is not None and most:
+            depth = self.depths.choose(len(decoding), most)
+            for request in decoding:
+                request.depth = min(depth, request.params.speculate)
 
     def _draft(self, requests: list[Request]) -> None:
         """Let module after module propose a token behind what is known and proposed so far.
@@ -288,7 +303,6 @@ class Engine:
             self.counters[f"accepted_{k + 1}"] += k < right
         if self.depths is not None:
             self.depths.observe(len(request.drafts), right)
-            request.depth = min(self.depths.choose(), request.params.speculate)
 
     def _report_top(self, request: Request, raw_NV: Tensor, logprobs_NV: Tensor, first: int, kept: int) -> None:
         if request.params.top_logprobs:
