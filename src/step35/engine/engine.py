@@ -25,7 +25,7 @@ from step35.engine.grammar import GrammarCompiler
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.runner import Runner
-from step35.engine.sampling import Place, adjust, choose, most_likely, shifts_logits
+from step35.engine.sampling import Place, adjust, choose, most_likely, reshapes, shifts_logits
 from step35.engine.scheduler import Rows, Scheduler
 from step35.engine.speculative import DepthControl
 from step35.engine.stop_text import StopText
@@ -234,14 +234,17 @@ class Engine:
                 picked += range(done + known - 1 - rows.start, done + rows.count)
             request.computed = min(rows.end, known)
             done += rows.count
-        return self._accept(ready, self.runner.logits(h_ND[picked])) if ready else []
+        if not ready:
+            return []
+        return self._accept(ready, self.runner.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked]))
 
     def _accept(self, requests: list[Request], logits_NV: Tensor) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""
         places = [place for request in requests for place in self._places(request)]
         adjusted_NV = adjust(logits_NV, places)
         tokens_N, logprobs_NV = choose(adjusted_NV, [p.params for p in places], [p.uniform for p in places])
-        raw_NV = logits_NV.log_softmax(-1)
+        plain = adjusted_NV is logits_NV and not any(reshapes(r.params) for r in requests)
+        raw_NV = logprobs_NV if plain else logits_NV.log_softmax(-1)
         chosen = tokens_N[:, None]
         columns = [
             tokens_N.tolist(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -129,8 +129,12 @@ class Runner:
 
     def draft(self, k: int, rows: Sequence[Rows]) -> list[int]:
         """Run MTP module k and return the token it proposes behind each request's rows."""
-        last = torch.tensor([r.count for r in rows], device=self.cache.keys[0].device).cumsum(0) - 1
-        tokens: list[int] = self.logits(self.module(k, rows)[last], k).argmax(-1).tolist()
+        h_ND = self.module(k, rows)
+        if len(h_ND) > len(rows):
+            h_ND = h_ND[[end - 1 for end in accumulate(r.count for r in rows)]]
+        if self.program is not None:
+            return self.program.likeliest(k, h_ND)
+        tokens: list[int] = self.logits(h_ND, k).argmax(-1).tolist()
         return tokens
 
     def logits(self, h_ND: Tensor, k: int = -1) -> Tensor:

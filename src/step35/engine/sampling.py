@@ -52,6 +52,12 @@ def shifts_logits(params: SamplingParams) -> bool:
     return bool(penalised or params.logit_bias)
 
 
+def reshapes(params: SamplingParams) -> bool:
+    """Return whether `choose` draws from another distribution than that of the logits."""
+    truncated = params.top_p < 1 or params.top_k or params.min_p
+    return bool(params.temperature not in (0, 1) or (params.temperature and truncated))
+
+
 def _shift(logits_V: Tensor, place: Place) -> None:
     """Repetition counts prompt and answer; presence and frequency count the answer, as the OpenAI API says."""
     params = place.params
@@ -78,10 +84,9 @@ def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
 
     Greedy positions (temperature 0) report the log-probability under the unmodified distribution.
     """
+    if all(p.temperature == 0 for p in params):
+        return logits_NV.argmax(-1), logits_NV.log_softmax(-1)
     greedy = torch.tensor([p.temperature == 0 for p in params], device=logits_NV.device)
-    if bool(greedy.all()):
-        tokens = logits_NV.argmax(-1)
-        return tokens, logits_NV.log_softmax(-1)
     sampled = [p if p.temperature else UNMODIFIED for p in params]
     temperatures = torch.tensor([p.temperature for p in sampled], device=logits_NV.device)
     logits_NV = _truncate(logits_NV / temperatures[:, None], sampled)

@@ -27,8 +27,8 @@ from step35.model.step35 import Step35
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-MOST_GROUP, MOST_EXPERTS = 64, 4096
-"""What `step.cpp` has room for: query heads a kv head, experts a layer."""
+BLOCK, MOST_GROUP, MOST_EXPERTS = 16, 64, 4096
+"""What `step.cpp` is written for: tokens of a cache block, most query heads a kv head, most experts a layer."""
 
 
 class CMatrix(Structure):
@@ -65,7 +65,7 @@ class CModel(Structure):
     _fields_ = (
         *((name, CMatrix) for name in ("embedding", "norm", "head")),
         *((name, c_void_p) for name in ("layers", "modules", "ropes", "hidden")),
-        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "block_tokens", "threads")),
+        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "threads")),
         ("eps", c_float),
     )
 
@@ -94,7 +94,7 @@ class Program:
             matrix(model.embed_tokens.weight), matrix(model.norm.weight), linear(model.lm_head),
             self._array(CLayer, layers), self._array(CModule, modules), self._array(CRope, ropes),
             self._array(c_void_p, hidden) if hidden else None,
-            len(layers), len(ropes), CACHE_TYPES[cache.keys[0].dtype], BLOCK_TOKENS, torch.get_num_threads(),
+            len(layers), len(ropes), CACHE_TYPES[cache.keys[0].dtype], torch.get_num_threads(),
             model.config.rms_norm_eps,
         )  # fmt: skip
         self.library.pin(self.c.threads)
@@ -125,6 +125,13 @@ class Program:
         y_NV = torch.empty(len(h_ND), self.vocabulary)
         self.library.logits(byref(self.c), k, c_void_p(h_ND.data_ptr()), len(h_ND), c_void_p(y_NV.data_ptr()))
         return y_NV
+
+    def likeliest(self, k: int, h_ND: Tensor) -> list[int]:
+        """Return the likeliest token for each of N rows of the trunk (k = -1) or of MTP module k."""
+        h_ND = h_ND.float().contiguous()
+        tokens = (c_int32 * len(h_ND))()
+        self.library.likeliest(byref(self.c), k, c_void_p(h_ND.data_ptr()), len(h_ND), tokens)
+        return list(tokens)
 
     def _array(self, kind: Any, items: Sequence[Any]) -> int | None:
         array = (kind * len(items))(*items)
@@ -172,6 +179,7 @@ def fits(model: Step35, cache: PagedCache) -> bool:
     layers = model.config.layers()
     return (
         known
+        and BLOCK_TOKENS == BLOCK
         and cache.keys[0].dtype in CACHE_TYPES
         and all(layer.heads // layer.kv_heads <= MOST_GROUP for layer in layers)
         and model.config.moe_num_experts <= MOST_EXPERTS

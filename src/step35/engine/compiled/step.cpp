@@ -7,11 +7,9 @@
 // Names as in `step35/model`: N rows, D model, H query heads, K kv heads, C head dim, I expert hidden.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -68,7 +66,7 @@ struct Model {
     Module* modules;
     Rope* ropes;
     void** hidden;  // the trunk's states, then each module's; null without modules
-    int32_t layer_count, rope_count, cache_type, block_tokens, threads;
+    int32_t layer_count, rope_count, cache_type, threads;
     float eps;
 };
 
@@ -88,6 +86,8 @@ constexpr int LANES = 8, TILE_OUTS = 2;
 #endif
 constexpr int TILE_ROWS = 4;
 constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
+constexpr int BLOCK = 16;  // tokens of a cache block
+#define INLINE inline __attribute__((always_inline))
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
@@ -96,42 +96,42 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint16_t bf16;
 
-inline Floats load(const float* p) {
+INLINE Floats load(const float* p) {
     Floats v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
 #ifdef __AVX512F__  // what follows, but in one instruction a step, which GCC 12 does not find
-inline Floats load(const bf16* p) {
+INLINE Floats load(const bf16* p) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 
-inline Floats load(const int8_t* p) {
+INLINE Floats load(const int8_t* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 #else
-inline Floats load(const bf16* p) {
+INLINE Floats load(const bf16* p) {
     Halves v;
     memcpy(&v, p, sizeof v);
     return (Floats)(__builtin_convertvector(v, Words) << 16);
 }
 
-inline Floats load(const int8_t* p) {
+INLINE Floats load(const int8_t* p) {
     Bytes v;
     memcpy(&v, p, sizeof v);
     return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
 }
 #endif
 
-template <class T> inline Floats load_some(const T* p, int64_t count) {
+template <class T> INLINE Floats load_some(const T* p, int64_t count) {
     T padded[LANES] = {};
     memcpy(padded, p, count * sizeof(T));
     return load(padded);
 }
 
 // {a0, b0, a1, b1, ...} folded: each element plus the one half a vector behind it.
-inline Floats fold(Floats a, Floats b) {
+INLINE Floats fold(Floats a, Floats b) {
     Ints low, high;
     for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
     return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
@@ -139,7 +139,7 @@ inline Floats fold(Floats a, Floats b) {
 
 // The sum of the elements of each of COUNT vectors (a power of two, at most LANES) is left in v[0], one behind the
 // other. The order of additions within a vector is the same whatever COUNT is.
-template <int COUNT> inline void sum(Floats* v) {
+template <int COUNT> INLINE void sum(Floats* v) {
 #pragma GCC unroll 8
     for (int half = COUNT / 2; half; half /= 2)
 #pragma GCC unroll 8
@@ -211,7 +211,8 @@ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1)
 
 // y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what the next
 // tile reads is fetched meanwhile: rows of a matrix are too short for the CPU to guess it in time.
-template <int ROWS, int OUTS, bool AHEAD, class T>
+// REST: `ins` is not a multiple of LANES.
+template <int ROWS, int OUTS, bool AHEAD, bool REST, class T>
 inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
     constexpr int COUNT = power_of_two(ROWS * OUTS);
     Floats sums[COUNT] = {};
@@ -227,7 +228,7 @@ inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins,
             for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] += row * wide[o];
         }
     }
-    if (d < ins)
+    if constexpr (REST)
         for (int o = 0; o < OUTS; o++) {
             Floats wide = load_some(w + o * stride + d, ins - d);
             for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] += load_some(x[r] + d, ins - d) * wide;
@@ -237,27 +238,34 @@ inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins,
         for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
 }
 
-template <int ROWS, bool AHEAD, class T>
+template <int ROWS, bool AHEAD, bool REST, class T>
 inline void tiles(const float* const* x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
     constexpr int OUTS = ROWS == 1 ? 8 : TILE_OUTS;
     int o = 0;
-    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS, AHEAD>(x, w + o * stride, stride, ins, y + o, y_stride);
-    for (; o < outs; o++) tile<ROWS, 1, false>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS, AHEAD, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
 }
 
 // y[r][o] = x[r] . w[o] for any number of rows and of outputs.
+template <bool REST, class T>
+inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
+                     int64_t y_stride) {
+    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, stride, ins, outs, y, y_stride);
+    int64_t r = TILE_ROWS;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        tiles<TILE_ROWS, false, REST>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+    r = rows / TILE_ROWS * TILE_ROWS;
+    x += r, y += r * y_stride;
+    if (rows - r == 3) tiles<3, true, REST>(x, w, stride, ins, outs, y, y_stride);
+    if (rows - r == 2) tiles<2, true, REST>(x, w, stride, ins, outs, y, y_stride);
+    if (rows - r == 1) tiles<1, true, REST>(x, w, stride, ins, outs, y, y_stride);
+}
+
 template <class T>
 inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
                      int64_t y_stride) {
-    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true>(x, w, stride, ins, outs, y, y_stride);
-    int64_t r = TILE_ROWS;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        tiles<TILE_ROWS, false>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
-    r = rows / TILE_ROWS * TILE_ROWS;
-    x += r, y += r * y_stride;
-    if (rows - r == 3) tiles<3, true>(x, w, stride, ins, outs, y, y_stride);
-    if (rows - r == 2) tiles<2, true>(x, w, stride, ins, outs, y, y_stride);
-    if (rows - r == 1) tiles<1, true>(x, w, stride, ins, outs, y, y_stride);
+    if (ins % LANES) products<true>(x, rows, w, stride, ins, outs, y, y_stride);
+    else products<false>(x, rows, w, stride, ins, outs, y, y_stride);
 }
 
 // Outputs `begin` to `begin + count` of a matrix, for rows given by pointers, into y (rows, STRIP).
@@ -272,7 +280,7 @@ inline void strip(const Matrix& m, const float* const* x, int64_t rows, int64_t 
 // One pass. All members are called by every thread of the team; `omp for` shares the work and ends in a barrier.
 
 struct Buffers {  // kept from pass to pass
-    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin;
+    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin, logits;
     std::vector<int32_t> chosen, start, entry, experts;
 };
 
@@ -300,8 +308,7 @@ struct Pass {
     const int64_t rows = batch.rows, D = model.embedding.ins;
 
     int64_t slot(const int32_t** tables, int64_t row, int64_t position) const {
-        int64_t size = model.block_tokens;
-        return tables[batch.request[row]][position / size] * size + position % size;
+        return tables[batch.request[row]][position / BLOCK] * BLOCK + position % BLOCK;
     }
 
     void prepare(const Layer& layer) {
@@ -436,27 +443,26 @@ struct Pass {
 
     // One row, and the query heads that share one kv head, over all visible blocks, with a running softmax.
     template <class T> void attend(const Layer& layer, int64_t n, int64_t kv, const T* keys, const T* values) {
-        const int64_t C = layer.head_dim, K = layer.kv_heads, group = layer.heads / K, size = model.block_tokens;
+        const int64_t C = layer.head_dim, stride = layer.kv_heads * C, group = layer.heads / layer.kv_heads;
         const int64_t last = batch.positions[n], first = first_visible(layer, last);
         const int32_t* table = (layer.window ? batch.window : batch.full)[batch.request[n]];
         const float* queries = &b.heads[n * layer.qkv.outs + kv * group * C];
         float* out = &b.attended[(n * layer.heads + kv * group) * C];
         const float scale = 1.0f / std::sqrt(float(C));
         const float* q[MOST_HEADS];
-        float top[MOST_HEADS], total[MOST_HEADS], scores[MOST_HEADS * MOST_BLOCK];
+        float top[MOST_HEADS], total[MOST_HEADS], scores[MOST_HEADS * BLOCK];
         for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY, total[g] = 0;
         std::fill(out, out + group * C, 0.0f);
-        for (int64_t block = first / size; block <= last / size; block++) {
-            int64_t from = std::max(first, block * size), count = std::min(last + 1, (block + 1) * size) - from;
-            int64_t place = ((table[block] * size + from % size) * K + kv) * C;
-            products(q, group, keys + place, K * C, C, count, scores, size);
-            for (int64_t g = 0; g < group; g++) soften(scores + g * size, count, scale, top[g], total[g], out + g * C, C);
-            for (int64_t g = 0; g < group; g++)
-                for (int64_t s = 0; s < count; s++) {
-                    const T* value = values + place + s * K * C;
-                    float weight = scores[g * size + s];
-                    for (int64_t c = 0; c < C; c++) out[g * C + c] += weight * widen(value[c]);
-                }
+        for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) {
+            int64_t from = std::max(first, block * BLOCK), count = std::min(last + 1, (block + 1) * BLOCK) - from;
+            int64_t place = (table[block] * BLOCK + from % BLOCK) * stride + kv * C;
+            for (int64_t s = 0; s < count; s++)
+                for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(values + place + s * stride + c);
+            products(q, group, keys + place, stride, C, count, scores, BLOCK);
+            for (int64_t g = 0; g < group; g++) soften(scores + g * BLOCK, count, scale, top[g], total[g], out + g * C, C);
+            int64_t g = 0;
+            for (; g + 4 <= group; g += 4) weigh<4>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
+            for (; g < group; g++) weigh<1>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
         }
         for (int64_t g = 0; g < group; g++) {
             float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / total[g];
@@ -464,23 +470,42 @@ struct Pass {
         }
     }
 
-    static constexpr int MOST_HEADS = 64, MOST_BLOCK = 32;
+    static constexpr int MOST_HEADS = 64;
+
+    // out (HEADS, C) += weights (HEADS, BLOCK) times the first `count` values.
+    template <int HEADS, class T>
+    static void weigh(const T* values, int64_t stride, int64_t count, const float* weights, float* out, int64_t C) {
+        int64_t c = 0;
+        for (; c + LANES <= C; c += LANES) {
+            Floats sums[HEADS];
+            for (int g = 0; g < HEADS; g++) sums[g] = load(out + g * C + c);
+            for (int64_t s = 0; s < count; s++) {
+                Floats value = load(values + s * stride + c);
+                for (int g = 0; g < HEADS; g++) sums[g] += weights[g * BLOCK + s] * value;
+            }
+            for (int g = 0; g < HEADS; g++) memcpy(out + g * C + c, &sums[g], sizeof(Floats));
+        }
+        for (; c < C; c++)
+            for (int g = 0; g < HEADS; g++)
+                for (int64_t s = 0; s < count; s++) out[g * C + c] += weights[g * BLOCK + s] * widen(values[s * stride + c]);
+    }
 
     int64_t first_visible(const Layer& layer, int64_t position) const {
         return std::max<int64_t>(batch.first, layer.window ? position - layer.window + 1 : 0);
     }
 
-    // Turn scores into weights relative to the running maximum `top`; what was summed before is scaled to it.
+    // Turn scores (BLOCK) into weights relative to the running maximum `top`; what was summed before is scaled to it.
     static void soften(float* scores, int64_t count, float scale, float& top, float& total, float* out, int64_t size) {
+        std::fill(scores + count, scores + BLOCK, -INFINITY);
         float most = top;
-        for (int64_t s = 0; s < count; s++) most = std::max(most, scores[s] *= scale);
+        for (int s = 0; s < BLOCK; s++) most = std::max(most, scores[s] *= scale);
         if (most > top) {
             float shrink = top == -INFINITY ? 0.0f : exponential(top - most);
             for (int64_t c = 0; c < size; c++) out[c] *= shrink;
             total *= shrink;
             top = most;
         }
-        for (int64_t s = 0; s < count; s++) scores[s] = exponential(scores[s] - top);
+        for (int s = 0; s < BLOCK; s++) scores[s] = exponential(scores[s] - top);
         for (int64_t s = 0; s < count; s++) total += scores[s];
     }
 
@@ -656,6 +681,16 @@ void logits(const Model* model, int32_t k, const float* h, int32_t count, float*
         pass.norm_rows(k < 0 ? model->norm : model->modules[k].norm);
         pass.multiply(k < 0 ? model->head : model->modules[k].head, pass.b.x.data(), y);
     }
+}
+
+// tokens (count) = the likeliest token for each row, the lowest of equals; otherwise as `logits`.
+void likeliest(const Model* model, int32_t k, const float* h, int32_t count, int32_t* tokens) {
+    const int64_t vocabulary = model->head.outs;
+    float* y = grow(kept.logits, count * vocabulary);
+    logits(model, k, h, count, y);
+#pragma omp parallel for num_threads(model->threads)
+    for (int64_t n = 0; n < count; n++)
+        tokens[n] = std::max_element(y + n * vocabulary, y + (n + 1) * vocabulary) - (y + n * vocabulary);
 }
 
 // Keep each worker thread of the caller's team on a core of its own; the caller itself stays free.
