@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from step35.config.presets import s3f1
+from step35.engine import runner
 from step35.model.init import initialise
 from step35.model.step35 import Step35
 
@@ -38,6 +39,17 @@ def build(seed: int, vocab: int = VOCAB, mtp: int = 3) -> Step35:
             module.joint_proj.weight *= 0.5
             module.joint_proj.weight[:, :size] += 2 * torch.eye(size)
     return model
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch", "both"])
+def passes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a module's tests with compiled passes, with those in torch, and with both side by side in one pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(runner.Program, "create", lambda *_: None)
+        if request.param == "both":
+            patch.setattr(runner, "FEW_ROWS", 3)
+        yield
 
 
 @pytest.fixture(scope="session")

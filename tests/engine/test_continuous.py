@@ -21,6 +21,8 @@ CONTEXT = 90
 PROMPTS = st.lists(
     st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=6
 )
+
+pytestmark = pytest.mark.usefixtures("passes")
 """Which document a prompt begins with, for how long, and how many tokens of its own and drafts a pass it has."""
 
 

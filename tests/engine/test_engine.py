@@ -17,6 +17,8 @@ from step35.engine.scheduler import Rows
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 EOS = (1, 3)
 PROMPTS = [[5], [6, 7, 8], list(range(4, 24)), [9, 9, 2, 9, 9, 2, 9], [0, 12]]
 """Shorter and longer than the model's window of 8."""

@@ -20,6 +20,8 @@ from step35.engine.scheduler import Rows
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 EOS = (1, 3)
 PROMPTS = [[5], [6, 7, 8], list(range(4, 24)), [9, 9, 2, 9, 9, 2, 9], [0, 12], [9, 9, 2, 9, 4]]
 SEEDS = (0, 1, 2)
