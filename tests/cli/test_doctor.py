@@ -40,7 +40,15 @@ def test_json_is_whole_and_plausible(quick, capsys):
 def test_report_for_people(quick, capsys):
     doctor.main(doctor.Args())
     out = capsys.readouterr().out
-    for part in ("processor", "matmul bf16", "C++ compiler", "matplotlib", "flash", "Memory here is enough"):
+    for part in (
+        "processor",
+        "matmul bf16",
+        "C++ compiler",
+        "decoding",
+        "matplotlib",
+        "flash",
+        "Memory here is enough",
+    ):
         assert part in out
 
 

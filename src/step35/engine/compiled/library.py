@@ -12,7 +12,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from step35.runtime.machine import cpu_flags
+from step35.runtime.machine import cpu_flags, cpu_model
 
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -48,7 +48,7 @@ def find_compiler() -> str | None:
 def build(compiler: str) -> Path:
     """Return the shared library, built unless source, compiler, flags and CPU are those of an earlier build."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *sorted(cpu_flags())]
+    parts = [SOURCE.read_text(encoding="utf-8"), version, *FLAGS, cpu_model(), *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = cache_folder() / f"step-{name}.so"
     if not target.exists():

@@ -701,7 +701,7 @@ void pin(int32_t threads) {
     std::vector<int> cores;
     for (int core = 0; core < CPU_SETSIZE; core++)
         if (CPU_ISSET(core, &allowed)) cores.push_back(core);
-    if (int(cores.size()) < threads) return;
+    if (int(cores.size()) != threads) return;  // otherwise another process may have the same idea
 #pragma omp parallel num_threads(threads)
     if (int number = omp_get_thread_num()) {
         cpu_set_t own;
