@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser interop bench-model bench-train experiments check format clean
+.PHONY: demo test test-slow test-browser interop agents-interop bench-model bench-train experiments check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -24,6 +24,12 @@ test-browser: $(STAMP)
 interop: $(STAMP)
 	PYTHON=$(PYTHON) tests/interop/install.sh
 	$(BIN)/python tests/interop/run.py
+
+# A coding agent against our server, with a scripted model; the first time installs the agent under .interop/ (1 minute).
+agents-interop: $(STAMP)
+	@test -x .interop/agent/bin/mini || { $(PYTHON) -m venv --clear .interop/agent \
+		&& .interop/agent/bin/python -m pip install --quiet --disable-pip-version-check mini-swe-agent==2.4.6; }
+	$(BIN)/python tests/interop/agent.py
 
 # Training and inference speed of the model beside transformers; wants an idle machine.
 bench-model: $(STAMP)

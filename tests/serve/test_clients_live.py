@@ -291,7 +291,7 @@ def test_a_full_server_says_so_and_a_client_that_leaves_is_cancelled(server: Ser
 def test_a_drain_lets_a_running_answer_end(llm: AsyncLLM) -> None:
     server = Server(llm, ServeSettings(max_context=1024))
     client: Any = server.client()
-    request: Any = {"model": "tiny", "messages": QUESTION, "max_tokens": 60, "stream": True}
+    request: Any = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "stream": True}
     stream = iter(client.chat.completions.create(**request, extra_body={"ignore_eos": True}))
     next(stream)
     server.server.handle_exit(signal.SIGTERM, None)
