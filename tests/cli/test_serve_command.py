@@ -9,9 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+
+from step35.cli import main as cli
+from step35.cli import serve
+from step35.engine import async_llm
 
 COMMAND = [sys.executable, "-m", "step35.cli.main", "serve", "--port", "0", "--max-concurrent", "2"]
 
@@ -42,3 +48,29 @@ def test_the_models_context_is_shown_and_sigterm_ends(arguments: tuple[str, ...]
         started = time.monotonic()
         assert process.wait(20) == 0
         assert time.monotonic() - started < 15  # the connection is still open
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((), ("none", True)), (("--quantization", "int8", "--no-adaptive-depth"), ("int8", False))],
+)
+def test_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], expected: Any) -> None:
+    given: dict[str, Any] = {}
+
+    def load(path: Any, **options: Any) -> Any:
+        given.update(options)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(async_llm, "AsyncLLM", load)
+    monkeypatch.setattr(serve, "serve", lambda args, llm: 0)
+    assert cli.main(["serve", *flags]) == 0
+    assert (given["quantization"], given["adaptive_depth"]) == expected
+
+
+def test_our_quantization_is_not_vllms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--backend", "vllm", "--quantization", "int8"]) == 2
+    assert "--vllm.args" in capsys.readouterr().err
+
+
+def test_the_chat_page_is_named() -> None:
+    assert "\nchat page: http://127.0.0.1:8123/\n" in serve.welcome(serve.Args(), "tiny", 8123)

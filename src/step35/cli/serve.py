@@ -30,6 +30,9 @@ class Args(ServeSettings):
     """Name that clients ask for; by default, that of the folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of weights and computation; auto is float32 with step35, and with vllm the checkpoint's own."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8 rounds the matrices to 8 bits once they are loaded: a quarter of the memory of float32, and answers that may
+    differ a little. For vllm, name its own in vllm.args."""
     backend: Literal["step35", "vllm"] = "step35"
     """What serves: our own engine, or vLLM, for many GPUs; it needs a vLLM installation."""
     vllm: VllmSettings = VllmSettings()
@@ -51,6 +54,11 @@ def become_vllm(args: Args) -> int:
     from step35.config.model import ModelConfig
     from step35.serve.vllm import Target, command, run
 
+    if args.quantization != "none":
+        raise ConfigError(
+            f"quantization={args.quantization} is not vLLM's; leave it out, or name one of vLLM's, for example "
+            '--vllm.args="--quantization fp8".'
+        )
     modules = ModelConfig.read(args.path).num_nextn_predict_layers
     target = Target(
         path=str(args.path.resolve()),
@@ -77,7 +85,14 @@ def serve_here(args: Args) -> int:
 
     set_threads()
     dtype = "float32" if args.dtype == "auto" else args.dtype
-    llm = AsyncLLM(args.path, dtype=dtype, max_batch=args.max_concurrent, max_context=args.max_context)
+    llm = AsyncLLM(
+        args.path,
+        dtype=dtype,
+        quantization=args.quantization,
+        max_batch=args.max_concurrent,
+        max_context=args.max_context,
+        adaptive_depth=args.adaptive_depth,
+    )
     try:
         return serve(args, llm)
     finally:
@@ -122,11 +137,12 @@ def serve(args: Args, llm: Any) -> int:
 
 
 def welcome(args: Args, name: str, port: int) -> str:
-    """Return the address and an example call."""
+    """Return the addresses and an example call."""
     address = f"http://{args.host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if args.api_key else ""
     question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is 4821 * 77?"}}]}}'
     return (
-        f"serving {name} at {address}/v1\n\n"
+        f"serving {name} at {address}/v1\n"
+        f"chat page: {address}/\n\n"
         f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{question}'\n"
     )

@@ -11,7 +11,7 @@ class ServeSettings(Config):
     """Limits, defaults and thinking budgets of one server."""
 
     api_key: str = ""
-    """Bearer token that every request but /health must carry; empty asks for none."""
+    """Bearer token that every request but / and /health must carry; empty asks for none."""
     max_concurrent: int = Field(default=64, ge=1)
     """Most generations at a time, over all requests; each of a request's `n` choices counts. More get a 429."""
     max_body_bytes: int = Field(default=16 << 20, ge=1)
@@ -34,6 +34,9 @@ class ServeSettings(Config):
     """Thinking budget of `reasoning_effort: high`."""
     speculate: int | None = Field(default=None, ge=0)
     """MTP drafts a step, by default as many as the model has modules; the answers are distributed the same."""
+    adaptive_depth: bool = True
+    """Draft less where acceptance and the times of passes say that it is faster: for a loaded server, or on text that
+    the modules guess badly. vLLM always drafts as many as `speculate` says."""
 
 
 class VllmSettings(Config):
