@@ -1,8 +1,9 @@
 """Load on a server: many concurrent streams, a share of which hang up in the middle, for some minutes.
 
 Starts `step35 serve` on a free port and keeps `--streams` streams of chat turns open; each begins with one of a few
-system prompts, and `--disconnects` of them leave after some tokens. Reports the times to the first token and between
-tokens, errors by status, the server's memory over time, and the blocks still held at the end.
+system prompts, and `--disconnects` of them leave: half at their first token, half while they wait for it. Reports the
+times to the first token and between tokens, errors by status, the server's memory over time, and the blocks still held
+at the end.
 
     python benchmarks/serve_load.py [PATH] [--streams 200] [--seconds 300] [--disconnects 0.3] [--out FILE]
 
@@ -113,11 +114,23 @@ async def _streams(
 async def _ask(
     client: httpx.AsyncClient, args: argparse.Namespace, numbers: random.Random, record: Record
 ) -> tuple[str, float]:
-    """Stream one chat turn; return how it ended, and how long to wait before the next."""
-    leave_after = numbers.randrange(1, 6) if numbers.random() < args.disconnects else None
+    """Stream one chat turn, or leave it; return how it ended, and how long to wait before the next."""
     question = f"What is {numbers.randrange(10**4)} * {numbers.randrange(100)}?"
     messages = [{"role": "system", "content": numbers.choice(SYSTEMS)}, {"role": "user", "content": question}]
     body = {"model": args.model, "messages": messages, "stream": True, "max_tokens": args.max_tokens}
+    leaves = numbers.random() < args.disconnects
+    patience = None
+    if leaves and numbers.random() < 0.5:
+        patience = numbers.random() * (statistics.median(record.first_s[-100:]) if record.first_s else 0.5)
+    try:
+        async with asyncio.timeout(patience):
+            return await _read(client, body, record, leaves)
+    except TimeoutError:
+        return "left", 0.0
+
+
+async def _read(client: httpx.AsyncClient, body: dict[str, Any], record: Record, leaves: bool) -> tuple[str, float]:
+    """Read a turn to its end, or to its first token."""
     last = start = time.perf_counter()
     seen = 0
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -131,7 +144,7 @@ async def _ask(
             now = time.perf_counter()
             (record.between_s if seen else record.first_s).append(now - last if seen else now - start)
             last, seen = now, seen + 1
-            if seen == leave_after:
+            if leaves:
                 return "left", 0.0
     return "whole", 0.0
 
@@ -155,6 +168,7 @@ def summary(record: Record, left: dict[str, float], args: argparse.Namespace) ->
         "streams": args.streams,
         "seconds": args.seconds,
         "ended": dict(record.statuses),
+        "share_left": record.statuses["left"] / max(1, record.statuses.total()),
         "errors": sum(count for status, count in record.statuses.items() if status not in allowed),
         "first_token_s": _quantiles(record.first_s),
         "between_tokens_s": _quantiles(record.between_s),
