@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cli.test_watch_browser import CHROMIUM, Browser
+from browser import CHROMIUM, MISSING, Browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium, then make test-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 
 ENTER = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
 CALL = "<tool_call>\n<function=calculator>\n<parameter=expression>\n6 * 7\n</parameter>\n</function>\n</tool_call>"
