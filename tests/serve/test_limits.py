@@ -99,7 +99,7 @@ def test_draining_refuses_new_work_and_waits_for_the_old(serve: Any) -> None:
     assert not server.thread.is_alive()
 
 
-def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any) -> None:
+def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = serve()
     half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
     address = server.listener.getsockname()
@@ -111,9 +111,10 @@ def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any) -> None:
         server.thread.join(5)
         assert not server.thread.is_alive()
         assert silent.recv(1) == b""
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_the_drain_ends_at_its_time_limit(serve: Any) -> None:
+def test_the_drain_ends_at_its_time_limit(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(stay=True, drain_timeout_s=0.1)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=10):
         assert server.sampler.started.wait(2)
@@ -121,6 +122,7 @@ def test_the_drain_ends_at_its_time_limit(serve: Any) -> None:
         server.thread.join(5)
         assert not server.thread.is_alive()
     assert server.sampler.closed.is_set()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 import sys
 import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,8 +23,7 @@ class DrainingServer(uvicorn.Server):
     """Keeps answering while it drains, /health with a 503, so that a load balancer sees it go."""
 
     def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
-        options: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False}
-        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=LAST_BYTES_S, **options))
+        super().__init__(uvicorn.Config(app, host=host, port=port, lifespan="off", log_config=None, access_log=False))
         self.service: Service = app.state.service
         self.drain_until: float | None = None
 
@@ -41,6 +41,16 @@ class DrainingServer(uvicorn.Server):
         if self.drain_until is not None and (not self.service.gate.active or time.monotonic() > self.drain_until):
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the connections, by force those that do not end by themselves."""
+        asyncio.get_running_loop().call_later(LAST_BYTES_S, self._hang_up)
+        await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        """Let every request that is left see its client go: it then ends as it would if that had been so."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def log_to_stderr() -> None:
