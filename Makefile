@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser interop agents-interop bench-model bench-train experiments check format clean
+.PHONY: demo test test-slow test-browser interop agents-interop bench-model bench-train bench-decode experiments check format clean
 
 demo: $(STAMP)
 	$(BIN)/step35 demo
@@ -40,6 +40,11 @@ bench-model: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[oracle]"
 	$(BIN)/python benchmarks/train.py
+
+# Decoding beside transformers, llama.cpp and vLLM, which `make interop` installs; wants an idle machine (15 minutes).
+bench-decode: $(STAMP)
+	PYTHON=$(PYTHON) tests/interop/install.sh
+	$(BIN)/python benchmarks/decode.py
 
 # Claims of the report at small scale, with figures; about half an hour on one core.
 experiments: $(STAMP)

@@ -47,11 +47,15 @@ if [ ! -e "$root/llama/.installed" ]; then
     rm -rf "$root/llama/source" && mkdir "$root/llama/source"
     "${pip[@]}" download -q --no-deps --no-binary llama-cpp-python -d "$root/llama/source" llama-cpp-python==0.3.36
     tar xf "$root"/llama/source/llama_cpp_python-0.3.36.tar.gz -C "$root/llama/source"
+    # Compilers may drop the stores into a tile configuration whose address alone is passed on, and the first AMX product
+    # is then an illegal instruction: say that memory is read.
+    sed -i 's/^    _tile_loadconfig(&tc);$/    __asm__ volatile("" : : "r"(\&tc) : "memory");\n&/' \
+        "$root/llama/source/llama_cpp_python-0.3.36/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
     export PATH="$root/llama/bin:$PATH"
     cmake -G Ninja -S "$root/llama/source/llama_cpp_python-0.3.36/vendor/llama.cpp" -B "$root/llama/build" \
         -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
         -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF > "$root/llama/cmake.log"
-    cmake --build "$root/llama/build" --target llama-server >> "$root/llama/cmake.log"
+    cmake --build "$root/llama/build" --target llama-server llama-bench llama-batched-bench >> "$root/llama/cmake.log"
     # The Python package uses the same build through LLAMA_CPP_LIB_PATH.
     CMAKE_ARGS="-DLLAMA_BUILD=OFF" "${pip[@]}" install -q --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
     touch "$root/llama/.installed"
