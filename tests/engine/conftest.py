@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from step35.model.step35 import Step35
 VOCAB = 29
 
 
-def build(seed: int, vocab: int = VOCAB, mtp: int = 3) -> Step35:
+def build(seed: int, vocab: int = VOCAB, mtp: int = 3, **settings: Any) -> Step35:
     """Return a random model with every part of the architecture and a window shorter than the tests' sequences.
 
     With heads alike, and with what the modules read of the newest token about as the trunk reads it, drafts agree
     with the trunk for some tokens. Random heads would never agree, and acceptance would go untested.
     """
+    settings = {"max_position_embeddings": 1024, **settings}
     config = s3f1(
         layers=5, dense=1, mtp=mtp, heads=2, sliding_heads=4, groups=2, head_dim=16,
         clips={3: 0.5, 4: 0.5}, clips_shared={4: 0.5},
         vocab_size=vocab, hidden_size=32, intermediate_size=48, sliding_window=8,
         moe_num_experts=4, moe_top_k=2, moe_intermediate_size=24, share_expert_dim=16,
-        moe_router_scaling_factor=2.0, max_position_embeddings=1024, eos_token_id=(1, 3),
+        moe_router_scaling_factor=2.0, eos_token_id=(1, 3), **settings,
     )  # fmt: skip
     model = Step35(config).eval()
     initialise(model, torch.Generator().manual_seed(seed))

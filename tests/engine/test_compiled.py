@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from step35.api.sampling import SamplingParams
+from step35.config.model import RopeScaling
 from step35.config.presets import preset
+from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.compiled import library, program
 from step35.engine.compiled.program import Program
 from step35.engine.engine import Engine
@@ -95,6 +98,22 @@ def test_compiled_passes_equal_those_in_torch(
         results.append(run_all(made.runner, start(made, PROMPTS)))
     for key, value in results[0].items():
         assert difference(value, results[1][key]) < tolerance, key
+
+
+@torch.inference_mode()
+def test_the_last_positions_of_262144_with_the_release_s_rope_scaling(build_model: Callable[..., Step35]) -> None:
+    far = 262_144
+    model = build_model(seed=3, max_position_embeddings=far, rope_scaling=RopeScaling(), theta_full=5e6)
+    results = []
+    for compiled in (True, False):
+        made = Engine(model, (), max_batch=1, max_context=far)
+        made.runner.program = made.runner.program if compiled else None
+        [request] = made.create([[5] * (far - 8)], SamplingParams(max_tokens=7))
+        request.full = array("i", range(far // BLOCK_TOKENS))
+        request.window = array("i", [block % 4 for block in range(far // BLOCK_TOKENS)])  # a window spans two or three
+        results.append([made.runner.trunk(rows([request], begin, begin + 5)) for begin in (far - 20, far - 15)])
+    for compiled_ND, torch_ND in zip(*results, strict=True):
+        assert difference(compiled_ND, torch_ND) < 1e-5
 
 
 @torch.inference_mode()

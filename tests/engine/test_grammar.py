@@ -229,6 +229,72 @@ def test_texts_that_a_parser_would_cut_are_refused(value: str) -> None:
     assert not accepts(Grammar(tools=TOOLS), text)
 
 
+def call_with(value: str) -> str:
+    return f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call>"
+
+
+def limited(**schema: Any) -> Grammar:
+    return Grammar(tools=(tool("f", {"a": {"type": "string"} | schema}, ["a"]),))
+
+
+LIMITS: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({"pattern": "[0-9]{2}"}, ["12", "a\n123 b"], ["1a2", ""]),
+    ({"pattern": r"^\d{4}-\d\d$"}, ["2026-07"], ["2026-7", "a2026-07", "2026-07\n", "٣٣٣٣-٣٣"]),
+    ({"pattern": "^/[a-z/]+"}, ["/usr/lib", "/a b"], ["usr", "/"]),
+    ({"pattern": r"\$$"}, ["a$", "$"], ["$a", "a"]),
+    ({"pattern": r"x\$"}, ["x$", "ax$b"], ["x"]),
+    ({"pattern": r"x\\$"}, ["x\\", "ax\\"], ["x\\b"]),
+    ({"pattern": "^(cat|dog)$", "maxLength": 3}, ["cat"], ["cats", "cat dog"]),
+    ({"minLength": 2, "maxLength": 3}, ["é🙂", "\n\n", "abc"], ["a", "abcd", ""]),
+    ({"minLength": 1}, ["a", "a" * 1500], [""]),
+    ({"maxLength": 4000}, ["", "a" * 1500], []),
+    ({"pattern": "^<"}, ["<b>"], ["b", "<a</parameter>"]),
+    ({"format": "date"}, ["2026-02-28"], ["2026-13-01", "today"]),
+    ({"format": "date-time"}, ["2026-02-28T23:59:00.5+01:00"], ["2026-02-28 23:59:00"]),
+    ({"format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567"]),
+    ({"format": "email", "pattern": "org$"}, ["a.b@c.org"], ["a@c.com", "a@", "c.org"]),
+    ({"format": "other"}, ["anything"], []),
+    ({"enum": ["a\nb", "c"]}, ["a\nb", "c"], ["a", "d"]),
+    ({"const": "only"}, ["only"], ["", "only "]),
+]
+
+
+@pytest.mark.parametrize(("schema", "fitting", "others"), LIMITS)
+def test_a_tools_own_strings_keep_their_limits(schema: dict[str, Any], fitting: list[str], others: list[str]) -> None:
+    grammar = limited(**schema)
+    assert [accepts(grammar, call_with(value)) for value in fitting] == [True] * len(fitting)
+    assert [accepts(grammar, call_with(value)) for value in others] == [False] * len(others)
+
+
+@pytest.mark.parametrize("schema", [{"pattern": "[0-9]-[x-z]"}, {"pattern": "^a+b$"}, {"minLength": 3, "maxLength": 5}])
+def test_sampled_strings_keep_their_limits(schema: dict[str, Any]) -> None:
+    grammar = limited(**schema)
+    for seed in range(8):
+        [call] = parse("</think>\n" + first_call(grammar, seed), grammar.tools)["tool_calls"]
+        value = call["function"]["arguments"]["a"]  # type: ignore[index]
+        assert re.search(schema.get("pattern", ""), value), value
+        assert schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 999), value
+
+
+def first_call(grammar: Grammar, seed: int) -> str:
+    """Sample one call, heading for its end."""
+    constraint, rng, ids = COMPILER.compile(grammar), random.Random(seed), list[int]()
+    for _ in range(2000):
+        ids.append(choose(ids_of(constraint), ids, rng, len(ids) > 20 and rng.random() < 0.5, tools=True))
+        constraint.advance(ids[-1])
+        if TOKENIZER.decode(ids[-1:]) == "</tool_call>":
+            return TOKENIZER.decode(ids)
+    raise AssertionError("the call did not end")
+
+
+def test_many_limited_strings_fit_into_one_grammar() -> None:
+    limits = {"type": "string", "maxLength": 1000}
+    properties = {f"p{n}": limits | {"pattern": f"^[a-{'cdefghij'[n]} ]*$"} for n in range(8)}
+    values = "".join(f"<parameter=p{n}>\nab c\n</parameter>\n" for n in range(8))
+    grammar = Grammar(tools=(tool("f", properties, list(properties)),))
+    assert accepts(grammar, f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>")
+
+
 PIECES = st.sampled_from(
     ["\n", " ", "a", "</parameter>", "<parameter=key>", "</function>", "</tool_call>", "<tool_call>", "<function=stop>"]
 )
@@ -314,6 +380,11 @@ def test_a_model_vocabulary_may_be_smaller_than_the_tokenizers() -> None:
         (Grammar(json_schema={"type": {1, 2}}), "not JSON serializable"),
         (Grammar(tools=(tool("a b", {}, []),)), "tool name 'a b'"),
         (Grammar(tools=(tool("f", {"a>": {}}, []),)), "parameter name 'a>'"),
+        (limited(pattern="a("), "unclosed group"),
+        (limited(pattern="a(?=b)"), "look-ahead"),
+        (limited(pattern="^a|^b"), "lookarounds not supported"),
+        (limited(pattern=5), "cannot be compiled"),
+        (limited(minLength=5, maxLength=3), "invalid repetition"),
         (Grammar(tools=(tool("f", {}, ["a"]),)), r"requires \['a'\]"),
         (Grammar(tools=(tool("f", {"a": {"$ref": "#/$defs/b"}}, []),)), "leads nowhere"),
         (Grammar(tools=(tool("f", {"a": {"type": "array", "items": {"type": "thing"}}}, []),)), "Invalid type: thing"),
