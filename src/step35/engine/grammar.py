@@ -3,8 +3,10 @@
 The engine asks `GrammarCompiler` for a `Constraint` and masks the logits with what it allows; llguidance parses.
 The tokens of `tokenizer.SPECIAL_TOKENS` only come where a grammar names them, so no text can hold a turn's end.
 
-Not enforced: `pattern`, `format` and lengths of a string that is a tool's own parameter (inside of objects and
-arrays they are), and closing tags quoted inside a JSON string of a tool call, which may end it early for a parser.
+Patterns are searched for, as JSON Schema has it, and may hold anchors at their ends alone, and no look-arounds.
+Not enforced: `pattern`, `format` and lengths of a tool's own parameter that may be a string or something else, its
+lengths past 1000 and formats other than `_FORMATS`, and closing tags quoted inside a JSON string of a tool call, which
+may end it early for a parser.
 """
 
 # V vocabulary of the model, which may be padded beyond the tokenizer's
@@ -12,6 +14,7 @@ arrays they are), and closing tags quoted inside a JSON string of a tool call, w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -36,16 +39,26 @@ _JSON_DEFAULTS = {"whitespace_pattern": r"\n?[ \t]{0,32}"}
 # What `json.dumps` prints, as in the chat format.
 _JSON_IN_CALL = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# TEXT is a string with the newlines and the tag around it. It must not hold what `chat_parse` takes for its end.
+# A text is a string with the newlines and the tag around it. It must not hold what `chat_parse` takes for its end.
 # Digits are bounded so that Python reads every number back: it refuses very long integers, and 1e999 is no JSON.
 _TERMINALS = r"""
 ANY: /(?s:.*)/
 ENDING: "</parameter>" | /<\/function>\s*<\/tool_call>/ | /\n<parameter=[^>\n]+>\n/
   | /\n<\/function>\n/ | /\n<\/tool_call>/ | /\n<tool_call>\s*<function=/
-TEXT: (("\n" ANY "\n") & ~(ANY ENDING ANY)) "</parameter>\n"
 INTEGER: /-?(0|[1-9][0-9]{0,17})/
 NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+-]?[0-9]{1,2})?/
 """
+_DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "email": r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+",
+}
+_LONGEST = 1000
+"""Lengths that are counted; the library gives up at some thousands."""
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
@@ -154,12 +167,16 @@ class GrammarConstraint:
 def tools_lark(tools: Iterable[ToolSchema], tokenizer: Tokenizer) -> str:
     """Return the Lark grammar of one or more calls, as `chat` prints them; raise `ConfigError` on a bad schema."""
     opening, closing = tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")
-    functions = " | ".join(_function(tool) for tool in tools)
-    return f"start: call+\ncall: <[{opening}]> ({functions}) <[{closing}]>\n{_TERMINALS}"
+    texts: dict[str, str] = {}
+    functions = " | ".join(_function(tool, texts) for tool in tools)
+    named = "".join(
+        f'{name}: (("\\n" ({value}) "\\n") & ~(ANY ENDING ANY)) "</parameter>\\n"\n' for value, name in texts.items()
+    )
+    return f"start: call+\ncall: <[{opening}]> ({functions}) <[{closing}]>\n{_TERMINALS}{named}"
 
 
-def _function(tool: ToolSchema) -> str:
-    """Return the expression of a call, between its two tool tokens."""
+def _function(tool: ToolSchema, texts: dict[str, str]) -> str:
+    """Return the expression of a call, between its two tool tokens; `texts` gives terminals for values their names."""
     function = tool.get("function") or tool
     name = function.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.:/-]*", name):
@@ -169,19 +186,46 @@ def _function(tool: ToolSchema) -> str:
     properties = schema.get("properties") or {}
     if missing := [key for key in required if key not in properties]:
         raise ConfigError(f"tool '{name}' requires {missing}, which its properties {list(properties)} lack; add them.")
-    parameters = (_parameter(key, value, schema) + "?" * (key not in required) for key, value in properties.items())
+    parameters = (
+        _parameter(key, value, schema, texts) + "?" * (key not in required) for key, value in properties.items()
+    )
     return " ".join([_literal(f"\n<function={name}>\n"), *parameters, _literal("</function>\n")])
 
 
-def _parameter(key: str, schema: Any, root: Mapping[str, Any]) -> str:
+def _parameter(key: str, schema: Any, root: Mapping[str, Any], texts: dict[str, str]) -> str:
     if not re.fullmatch(r"[^>\n]+", key):
         raise ConfigError(f"parameter name {key!r} cannot be written in a call; leave out '>' and newlines.")
     opening, newline, closing = f"<parameter={key}>", "\n", "</parameter>\n"
     forms = _forms(schema, root)
     if forms is None:
-        return f"({_literal(opening)} TEXT)"
+        name = texts.setdefault(_text(_resolve(schema, root)), f"TEXT_{len(texts)}")
+        return f"({_literal(opening)} {name})"
     value = " | ".join(dict.fromkeys(forms))
     return f"({_literal(opening + newline)} ({value}) {_literal(newline + closing)})"
+
+
+def _text(schema: Mapping[str, Any]) -> str:
+    """Return what a value must match that is any text, or a string with limits."""
+    limits = ["ANY"]
+    if schema.get("type") in ("string", ["string"]):
+        if "pattern" in schema:
+            limits.append(_search(schema["pattern"]))
+        if (form := _FORMATS.get(schema.get("format", ""))) is not None:
+            limits.append(f"/{form}/")
+        least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+        if least or most <= _LONGEST:
+            limits.append(f"/(?s:.){{{min(least, _LONGEST)},{most if most <= _LONGEST else ''}}}/")
+    return " & ".join(limits)
+
+
+def _search(pattern: str) -> str:
+    """Return the expression of the texts in which the pattern is found."""
+    from llguidance import regex_to_lark
+
+    found = regex_to_lark(pattern, use_ascii="d")
+    from_start, to_end = found.startswith("^"), re.search(r"(?<!\\)(\\\\)*\$$", found) is not None
+    inner = found[from_start : len(found) - to_end]
+    return f"/{'' if from_start else '(?s:.*)'}({inner}){'' if to_end else '(?s:.*)'}/"
 
 
 def _forms(schema: Any, root: Mapping[str, Any]) -> list[str] | None:
