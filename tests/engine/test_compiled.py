@@ -67,10 +67,12 @@ def run_all(runner: Runner, requests: Sequence[Request]) -> dict[str, torch.Tens
     results = {}
     for name, part in (("first", rows(requests, 0, 7)), ("second", rows(requests, 7))):
         results[f"trunk {name}"] = runner.trunk(part)
-    results["logits"] = runner.logits(results["trunk second"])
+    scores = runner.logits(results["trunk second"])
+    assert scores.best == scores.logits_NV.argmax(-1).tolist()
+    results["logits"], results["likeliest"] = scores.logits_NV, torch.tensor(scores.best_logprobs)
+    assert torch.allclose(scores.logits_NV.log_softmax(-1).amax(-1), results["likeliest"], rtol=1e-5, atol=1e-6)
     for k in range(len(runner.model.mtp)):
         results[f"module {k}"] = runner.module(k, rows(requests, k + 1))
-        results[f"module logits {k}"] = runner.logits(results[f"module {k}"], k)
     return results
 
 
@@ -124,13 +126,13 @@ def test_a_row_is_the_same_bits_with_any_rows_beside_it(tiny: Step35, dtype: tor
     together, alone = engine(model, compiled=True), engine(model, compiled=True)
     requests = start(together, prompts)
     h_ND = together.runner.trunk(rows(requests, 0))
-    logits_NV = together.runner.logits(h_ND)
+    logits_NV = together.runner.logits(h_ND).logits_NV
     [single] = start(alone, prompts[:1])
     for position in range(16):
         h_1D = alone.runner.trunk(rows([single], position, position + 1))
         for n in range(7):
             assert torch.equal(h_ND[16 * n + position], h_1D[0])
-        assert torch.equal(alone.runner.logits(h_1D)[0], logits_NV[position])
+        assert torch.equal(alone.runner.logits(h_1D).logits_NV[0], logits_NV[position])
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -15,7 +15,7 @@ from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
 from step35.engine.engine import Engine
 from step35.engine.request import Request
-from step35.engine.runner import slot
+from step35.engine.runner import Runner, slot
 from step35.engine.scheduler import Rows
 from step35.model.context import Context
 from step35.model.step35 import Step35
@@ -113,9 +113,9 @@ def teacher_forced(model: Step35, known: list[int], depth: int) -> tuple[list[in
 def test_drafts_are_those_of_passes_over_the_whole_prefix(
     models: list[Step35], monkeypatch: pytest.MonkeyPatch, depth: int, temperature: float
 ) -> None:
-    draft, most_accepted = Engine._draft, 0
+    draft, most_accepted = Runner.draft, 0
 
-    def checked(self: Engine, requests: list[Request]) -> None:
+    def checked(self: Runner, requests: list[Request]) -> None:
         nonlocal most_accepted
         draft(self, requests)
         for request in requests:
@@ -131,7 +131,7 @@ def test_drafts_are_those_of_passes_over_the_whole_prefix(
             known[request] = request.length
 
     known: dict[Request, int] = {}
-    monkeypatch.setattr(Engine, "_draft", checked)
+    monkeypatch.setattr(Runner, "draft", checked)
     prompts = [[*PROMPTS[2][:9], *tail] for tail in PROMPTS[:4]]
     for model in models[1:]:
         generate(model, prompts, settings_for([depth] * 4, temperature, ignore_eos=True))
@@ -142,13 +142,13 @@ def test_drafts_are_those_of_passes_over_the_whole_prefix(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_are_counted_by_depth(models: list[Step35], monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     offered: list[list[int]] = []
-    draft = Engine._draft
+    draft = Runner.draft
 
-    def recording(self: Engine, requests: list[Request]) -> None:
+    def recording(self: Runner, requests: list[Request]) -> None:
         draft(self, requests)
         offered.extend(list(request.drafts) for request in requests)
 
-    monkeypatch.setattr(Engine, "_draft", recording)
+    monkeypatch.setattr(Runner, "draft", recording)
     engine = Engine(models[1], EOS)
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=3, ignore_eos=True, speculate=3)
     [request] = engine.create([PROMPTS[1]], params)

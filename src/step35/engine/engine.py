@@ -25,7 +25,7 @@ from step35.engine.grammar import GrammarCompiler
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.runner import Runner
-from step35.engine.sampling import Place, adjust, choose, most_likely, reshapes, shifts_logits
+from step35.engine.sampling import Choice, Place, Scores, most_likely, pick, shifts_logits
 from step35.engine.scheduler import Rows, Scheduler
 from step35.engine.speculative import DepthControl
 from step35.engine.stop_text import StopText
@@ -141,7 +141,9 @@ class Engine:
         planned = self.scheduler.plan()
         decoding = [rows.request for rows in planned if rows.request.decoding]
         started = time.perf_counter()
-        self._draft([request for request in decoding if request.depth])
+        drafting = [request for request in decoding if request.depth]
+        if drafting:
+            self.runner.draft(drafting)
         planned = [Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned]
         planned.sort(key=lambda rows: rows.count)  # requests with equally many rows attend together
         if not planned:
@@ -210,18 +212,6 @@ class Engine:
             for request in decoding:
                 request.depth = min(depth, request.params.speculate)
 
-    def _draft(self, requests: list[Request]) -> None:
-        """Let module after module propose a token behind what is known and proposed so far.
-
-        Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
-        """
-        for k in range(max((r.depth for r in requests), default=0)):
-            deep = [r for r in requests if r.depth > k]
-            rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in deep]
-            rows.sort(key=lambda r: r.count)
-            for r, token in zip(rows, self.runner.draft(k, rows), strict=True):
-                r.request.drafts.append(token)
-
     def _read(self, planned: list[Rows], h_ND: Tensor) -> News:
         """Choose tokens for the requests whose known tokens have all run, and note what the prompts' rows say."""
         ready, picked, done = list[Request](), list[int](), 0
@@ -238,26 +228,17 @@ class Engine:
             return []
         return self._accept(ready, self.runner.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked]))
 
-    def _accept(self, requests: list[Request], logits_NV: Tensor) -> News:
+    def _accept(self, requests: list[Request], scores: Scores) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""
         places = [place for request in requests for place in self._places(request)]
-        adjusted_NV = adjust(logits_NV, places)
-        tokens_N, logprobs_NV = choose(adjusted_NV, [p.params for p in places], [p.uniform for p in places])
-        plain = adjusted_NV is logits_NV and not any(reshapes(r.params) for r in requests)
-        raw_NV = logprobs_NV if plain else logits_NV.log_softmax(-1)
-        chosen = tokens_N[:, None]
-        columns = [
-            tokens_N.tolist(),
-            logprobs_NV.gather(1, chosen)[:, 0].tolist(),
-            raw_NV.gather(1, chosen)[:, 0].tolist(),
-        ]
+        choice = pick(scores, places, report=any(r.params.top_logprobs for r in requests))
         news, first = [], 0
         for request in requests:
-            count = 1 + len(request.drafts)
-            kept = self._take(request, *(column[first : first + count] for column in columns))
-            self._report_top(request, raw_NV, logprobs_NV, first, kept)
+            part = slice(first, first + 1 + len(request.drafts))
+            kept = self._take(request, choice.tokens[part], choice.logprobs[part], choice.raw_logprobs[part])
+            self._report_top(request, choice, first, kept)
             news.append((request, request.tokens[-kept:]))
-            first += count
+            first = part.stop
         self.counters["generated_tokens"] += sum(len(new) for _, new in news)
         return news
 
@@ -307,9 +288,9 @@ class Engine:
         if self.depths is not None:
             self.depths.observe(len(request.drafts), right)
 
-    def _report_top(self, request: Request, raw_NV: Tensor, logprobs_NV: Tensor, first: int, kept: int) -> None:
+    def _report_top(self, request: Request, choice: Choice, first: int, kept: int) -> None:
         if request.params.top_logprobs:
-            source_NV = raw_NV if request.params.logprobs_of == "raw" else logprobs_NV
+            source_NV = choice.raw_NV if request.params.logprobs_of == "raw" else choice.logprobs_NV
             for n in range(first, first + kept):
                 request.top_logprobs.append(most_likely(source_NV[n], request.params.top_logprobs))
 
@@ -318,7 +299,7 @@ class Engine:
         known = len(request.prompt_logprobs)  # a request that was preempted reads its prompt again
         targets = request.prompt[rows.start + 1 : rows.end + 1][max(0, known - rows.start) :]
         if targets:
-            h_TD = h_TD[max(0, known - rows.start) :][: len(targets)]
+            h_TD = h_TD[max(0, known - rows.start) :][: len(targets)].to(self.cache.keys[0].dtype)
             labels = torch.tensor(targets, device=h_TD.device)
             request.prompt_logprobs += (-F.cross_entropy(self.model.logits(h_TD), labels, reduction="none")).tolist()
 

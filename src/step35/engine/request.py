@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from step35.api.constraint import Constraint
 from step35.api.sampler import Completion, TopLogprobs
@@ -26,7 +25,7 @@ class Request:
     end_ids: frozenset[int]
     limit: int
     """Most tokens to generate: max_tokens, or what the context leaves."""
-    uniforms: Tensor
+    uniforms: array[float]
     """One number in [0, 1) for each token to come: the request's whole randomness, independent of its batch."""
     tokens: list[int]
     """All known tokens: the prompt, then what was generated."""
@@ -79,7 +78,7 @@ class Request:
         else:
             generator.manual_seed(params.seed)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
-        uniforms = torch.rand(limit, generator=generator, dtype=torch.float64)
+        uniforms = array("d", torch.rand(limit, generator=generator, dtype=torch.float64).tolist())
         depth = params.speculate
         request = cls(list(prompt), params, ends, limit, uniforms, list(prompt), [0] * depth, [0] * depth)
         request.depth = depth
@@ -123,7 +122,7 @@ class Request:
 
     def uniform(self, ahead: int) -> float:
         """Return the random number of the token `ahead` places after the next one."""
-        return float(self.uniforms[min(self.generated_count + ahead, self.limit - 1)])
+        return self.uniforms[min(self.generated_count + ahead, self.limit - 1)]
 
     def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> bool:
         """Take one token; return whether the request goes on."""

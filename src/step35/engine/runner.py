@@ -20,6 +20,8 @@ from step35.config.model import LayerConfig
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.compiled.program import Program
 from step35.engine.kv_cache import PagedCache
+from step35.engine.request import Request
+from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.model.attention_kernels import attend, visible
 from step35.model.context import Context
@@ -127,21 +129,29 @@ class Runner:
         """
         return self._split(rows, partial(self._compiled_module, k), partial(self._eager_module, k))
 
-    def draft(self, k: int, rows: Sequence[Rows]) -> list[int]:
-        """Run MTP module k and return the token it proposes behind each request's rows."""
-        h_ND = self.module(k, rows)
-        if len(h_ND) > len(rows):
-            h_ND = h_ND[[end - 1 for end in accumulate(r.count for r in rows)]]
-        if self.program is not None:
-            return self.program.likeliest(k, h_ND)
-        tokens: list[int] = self.logits(h_ND, k).argmax(-1).tolist()
-        return tokens
+    def logits(self, h_ND: Tensor) -> Scores:
+        """Return the logits of the trunk's outputs (N, D)."""
+        return self.program.logits(h_ND) if self.program is not None else Scores.of(self.model.logits(h_ND))
 
-    def logits(self, h_ND: Tensor, k: int = -1) -> Tensor:
-        """Return the logits (N, V), fp32, of the trunk's outputs, or of those of MTP module k."""
-        if self.program is not None:
-            return self.program.logits(k, h_ND)
-        return self.model.logits(h_ND) if k < 0 else self.model.mtp[k].logits(h_ND).float()
+    def draft(self, requests: Sequence[Request]) -> None:
+        """Let module after module propose a token behind what is known and proposed so far, up to `Request.depth`.
+
+        Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
+        """
+        if self.program is not None and not any(r.behind > FEW_ROWS for r in requests):
+            for request, drafts in zip(requests, self.program.draft(requests), strict=True):
+                request.drafts = drafts
+            return
+        for k in range(max(r.depth for r in requests)):
+            rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
+            rows.sort(key=lambda r: r.count)
+            last = [end - 1 for end in accumulate(r.count for r in rows)]
+            for r, token in zip(rows, self._module_logits(k, self.module(k, rows)[last]).argmax(-1), strict=True):
+                r.request.drafts.append(int(token))
+
+    def _module_logits(self, k: int, h_ND: Tensor) -> Tensor:
+        module = self.model.mtp[k]
+        return module.logits(h_ND.to(module.head.weight.dtype))
 
     def _split(self, rows: Sequence[Rows], compiled: Pass, eager: Pass) -> Tensor:
         """Run the requests with few rows compiled, which come first, and the others in torch."""

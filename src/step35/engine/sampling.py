@@ -32,6 +32,53 @@ class Place:
     allowed: Tensor | None = None
     """Which tokens a constraint permits (V,)."""
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken as the logits stand."""
+        return self.params.temperature == 0 and self.allowed is None and not shifts_logits(self.params)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits (N, V) of N places, and what is needed of most: the likeliest tokens and their log-probabilities."""
+
+    logits_NV: Tensor
+    best: list[int]
+    best_logprobs: list[float]
+
+    @classmethod
+    def of(cls, logits_NV: Tensor) -> Scores:
+        """Find the likeliest tokens."""
+        top_N, best_N = logits_NV.max(-1)
+        return cls(logits_NV, best_N.tolist(), (top_N - logits_NV.logsumexp(-1)).tolist())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens chosen at N places, and their log-probabilities as processed and as the model gave them."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    logprobs_NV: Tensor
+    raw_NV: Tensor
+
+
+def pick(scores: Scores, places: Sequence[Place], *, report: bool) -> Choice:
+    """Choose a token at every place; the log-probabilities of all tokens (N, V) are there only with `report`."""
+    logits_NV = scores.logits_NV
+    if not report and all(place.greedy for place in places):
+        return Choice(scores.best, scores.best_logprobs, scores.best_logprobs, logits_NV, logits_NV)
+    adjusted_NV = adjust(logits_NV, places)
+    tokens_N, logprobs_NV = choose(adjusted_NV, [p.params for p in places], [p.uniform for p in places])
+    plain = adjusted_NV is logits_NV and not any(reshapes(p.params) for p in places)
+    raw_NV = logprobs_NV if plain else logits_NV.log_softmax(-1)
+    logprobs, raw = (values_NV.gather(1, tokens_N[:, None])[:, 0].tolist() for values_NV in (logprobs_NV, raw_NV))
+    for n, place in enumerate(places):
+        if place.greedy:  # to the last bit as when all places are
+            logprobs[n] = raw[n] = scores.best_logprobs[n]
+    return Choice(tokens_N.tolist(), logprobs, raw, logprobs_NV, raw_NV)
+
 
 def adjust(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     """Apply bias, penalties and masks row by row where a place asks for any; otherwise return the logits untouched."""

@@ -8,7 +8,8 @@ Nothing is copied: the structures point at the parameters, so weights that chang
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.compiled.library import load_library
 from step35.engine.kv_cache import PagedCache
+from step35.engine.request import Request
+from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.model.experts import Experts
 from step35.model.mlp import MLP
@@ -77,6 +80,13 @@ class CBatch(Structure):
     )
 
 
+class CDrafting(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("depth", "length", "start", "first", "known", "full", "window", "drafts")),
+        ("requests", c_int32),
+    )
+
+
 class Program:
     """The compiled passes of one model over one cache."""
 
@@ -119,19 +129,34 @@ class Program:
         self.library.module(byref(self.c), k, byref(batch(tokens, rows, k + 1)), c_void_p(h_ND.data_ptr()))
         return h_ND
 
-    def logits(self, k: int, h_ND: Tensor) -> Tensor:
-        """Return the logits (N, V) of the trunk (k = -1) or of MTP module k, fp32."""
-        h_ND = h_ND.float().contiguous()
-        y_NV = torch.empty(len(h_ND), self.vocabulary)
-        self.library.logits(byref(self.c), k, c_void_p(h_ND.data_ptr()), len(h_ND), c_void_p(y_NV.data_ptr()))
-        return y_NV
+    def logits(self, h_ND: Tensor) -> Scores:
+        """Return the logits of the trunk's outputs (N, D)."""
+        h_ND, count = h_ND.float().contiguous(), len(h_ND)
+        y_NV, best, logprobs = torch.empty(count, self.vocabulary), (c_int32 * count)(), (c_float * count)()
+        at = c_void_p(h_ND.data_ptr()), count, c_void_p(y_NV.data_ptr())
+        self.library.logits(byref(self.c), -1, *at, best, logprobs)
+        return Scores(y_NV, list(best), list(logprobs))
 
-    def likeliest(self, k: int, h_ND: Tensor) -> list[int]:
-        """Return the likeliest token for each of N rows of the trunk (k = -1) or of MTP module k."""
-        h_ND = h_ND.float().contiguous()
-        tokens = (c_int32 * len(h_ND))()
-        self.library.likeliest(byref(self.c), k, c_void_p(h_ND.data_ptr()), len(h_ND), tokens)
-        return list(tokens)
+    def draft(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Return the drafts of each request, `depth` of them."""
+        count, deepest = len(requests), max(r.depth for r in requests)
+        starts = [[*r.module_done[: r.depth], *[0] * (deepest - r.depth)] for r in requests]
+        firsts = [min(r.module_done[: r.depth], default=r.length) for r in requests]
+        known = [(c_int32 * (r.length - first))(*r.tokens[first:]) for r, first in zip(requests, firsts, strict=True)]
+        numbers = (c_int32 * (3 * count + count * deepest))(
+            *(r.depth for r in requests), *(r.length for r in requests), *firsts, *(s for row in starts for s in row)
+        )
+        pointers = (c_void_p * (3 * count))(
+            *map(ctypes.addressof, known), *_tables(r.full for r in requests), *_tables(r.window for r in requests)
+        )
+        drafts = (c_int32 * (count * deepest))()
+        at, tables = ctypes.addressof(numbers), ctypes.addressof(pointers)
+        drafting = CDrafting(
+            at, at + 4 * count, at + 12 * count, at + 8 * count, tables, tables + 8 * count, tables + 16 * count,
+            ctypes.addressof(drafts), count,
+        )  # fmt: skip
+        self.library.draft(byref(self.c), byref(drafting))
+        return [drafts[n * deepest : n * deepest + r.depth] for n, r in enumerate(requests)]
 
     def _array(self, kind: Any, items: Sequence[Any]) -> int | None:
         array = (kind * len(items))(*items)
@@ -224,9 +249,14 @@ def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
         *(n for n, r in enumerate(rows) for _ in range(r.count)),
     )
     tables = (c_void_p * (2 * len(rows)))(
-        *(r.request.full.buffer_info()[0] for r in rows), *(r.request.window.buffer_info()[0] for r in rows)
+        *_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)
     )
     at, table = ctypes.addressof(ids), ctypes.addressof(tables)
     c = Arrays(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
     c.kept = ids, tables
     return c
+
+
+def _tables(tables: Iterable[array[int]]) -> Iterator[int]:
+    """Return where the block tables lie."""
+    return (table.buffer_info()[0] for table in tables)

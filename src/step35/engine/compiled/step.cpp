@@ -76,6 +76,14 @@ struct Batch {
     int32_t rows, first;                          // `first`: the first position that holds anything
 };
 
+struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many columns as the deepest drafts
+    const int32_t *depth, *length, *start;  // drafts to make, known tokens, first position of each module to run
+    const int32_t *first, **known;          // known tokens, from position `first` on
+    const int32_t **full, **window;
+    int32_t* drafts;
+    int32_t requests;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of floats, and the three types that weights may have.
 
@@ -191,6 +199,29 @@ inline float exponential(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// The largest of y, and the sum of e^(y - top), by lanes so that they become vector code.
+inline float largest(const float* y, int64_t size) {
+    float lanes[LANES];
+    std::fill(lanes, lanes + LANES, -INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] = std::max(lanes[l], y[i + l]);
+    for (; i < size; i++) lanes[0] = std::max(lanes[0], y[i]);
+    return *std::max_element(lanes, lanes + LANES);
+}
+
+inline float sum_of_exponentials(const float* y, int64_t size, float top) {
+    double total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        float lanes[LANES];
+        for (int l = 0; l < LANES; l++) lanes[l] = exponential(y[i + l] - top);
+        for (int l = 0; l < LANES; l++) total += lanes[l];
+    }
+    for (; i < size; i++) total += exponential(y[i] - top);
+    return total;
+}
+
 // Calls f with a pointer of the matrix's type.
 template <class F> inline void typed(int32_t type, const void* data, F f) {
     if (type == FLOAT32) f(static_cast<const float*>(data));
@@ -280,7 +311,7 @@ inline void strip(const Matrix& m, const float* const* x, int64_t rows, int64_t 
 // One pass. All members are called by every thread of the team; `omp for` shares the work and ends in a barrier.
 
 struct Buffers {  // kept from pass to pass
-    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin, logits;
+    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin, states, logits;
     std::vector<int32_t> chosen, start, entry, experts;
 };
 
@@ -670,27 +701,53 @@ void module(const Model* model, int32_t k, const Batch* batch, float* h) {
     }
 }
 
-// y (count, V) = logits of the rows h (count, D), of the trunk (k = -1) or of MTP module k.
-void logits(const Model* model, int32_t k, const float* h, int32_t count, float* y) {
+// y (count, V) = logits of the rows h (count, D), of the trunk (k = -1) or of MTP module k. Also each row's likeliest
+// token, the lowest of equals, and its log-probability.
+void logits(const Model* model, int32_t k, const float* h, int32_t count, float* y, int32_t* best, float* logprobs) {
     Batch batch{};
     batch.rows = count;
     Pass pass{*model, batch, kept, const_cast<float*>(h)};
+    const Matrix& head = k < 0 ? model->head : model->modules[k].head;
     grow(kept.x, count * pass.D);
 #pragma omp parallel num_threads(model->threads)
     {
         pass.norm_rows(k < 0 ? model->norm : model->modules[k].norm);
-        pass.multiply(k < 0 ? model->head : model->modules[k].head, pass.b.x.data(), y);
+        pass.multiply(head, pass.b.x.data(), y);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < count; n++) {
+            const float* row = y + n * head.outs;
+            float top = largest(row, head.outs);
+            best[n] = std::find(row, row + head.outs, top) - row;
+            logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, top));
+        }
     }
 }
 
-// tokens (count) = the likeliest token for each row, the lowest of equals; otherwise as `logits`.
-void likeliest(const Model* model, int32_t k, const float* h, int32_t count, int32_t* tokens) {
-    const int64_t vocabulary = model->head.outs;
-    float* y = grow(kept.logits, count * vocabulary);
-    logits(model, k, h, count, y);
-#pragma omp parallel for num_threads(model->threads)
-    for (int64_t n = 0; n < count; n++)
-        tokens[n] = std::max_element(y + n * vocabulary, y + (n + 1) * vocabulary) - (y + n * vocabulary);
+// Let module after module propose a token behind what is known and proposed so far, for all requests together.
+void draft(const Model* model, const Drafting* d) {
+    int32_t deepest = *std::max_element(d->depth, d->depth + d->requests);
+    std::vector<int32_t> tokens, positions, request, last, best;
+    std::vector<float> logprobs;
+    for (int32_t k = 0; k < deepest; k++) {
+        tokens.clear(), positions.clear(), request.clear(), last.clear();
+        for (int32_t r = 0; r < d->requests; r++) {
+            if (d->depth[r] <= k) continue;
+            for (int32_t p = d->start[r * deepest + k]; p < d->length[r] + k; p++) {
+                bool known = p < d->length[r];
+                tokens.push_back(known ? d->known[r][p - d->first[r]] : d->drafts[r * deepest + p - d->length[r]]);
+                positions.push_back(p), request.push_back(r);
+            }
+            last.push_back(int32_t(tokens.size()) - 1);
+        }
+        Batch batch{tokens.data(), positions.data(), request.data(), d->full, d->window, int32_t(tokens.size()), k + 1};
+        const int64_t D = model->embedding.ins, count = last.size();
+        float *h = grow(kept.states, (batch.rows + count) * D), *ends = h + batch.rows * D;
+        module(model, k, &batch, h);
+        for (int64_t i = 0; i < count; i++) std::copy_n(h + last[i] * D, D, ends + i * D);
+        float* y = grow(kept.logits, count * model->head.outs);
+        logits(model, k, ends, count, y, grow(best, count), grow(logprobs, count));
+        for (int64_t i = 0; i < count; i++) d->drafts[request[last[i]] * deepest + k] = best[i];
+    }
 }
 
 // Keep each worker thread of the caller's team on a core of its own; the caller itself stays free.
