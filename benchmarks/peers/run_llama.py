@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import tempfile
@@ -50,9 +51,12 @@ def parse_bench(entries: Sequence[dict[str, Any]]) -> Speeds:
     }
 
 
-def parse_batched(output: str) -> float:
+def parse_batched(output: str) -> float | None:
     """Return new tokens over the whole time, reading the prompts included, from `llama-batched-bench`'s JSON line."""
-    [entry] = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    line = re.search(r"\{.*\}", output)
+    if line is None:
+        return None
+    entry = json.loads(line[0])
     return float(entry["pl"] * entry["tg"] / (entry["t_pp"] + entry["t_tg"]))
 
 
@@ -65,7 +69,11 @@ def _bench(job: dict[str, Any], *arguments: str) -> list[dict[str, Any]]:
 
 def _batched(job: dict[str, Any], prompt: int, new: int, batch: int) -> float:
     shape = ["-npp", str(prompt), "-ntg", str(new), "-npl", str(batch), "-c", str(batch * (prompt + new))]
-    return parse_batched(_call(job, "llama-batched-bench", *shape, "--output-format", "jsonl"))
+    for _ in range(3):  # it has once ended well without its line
+        speed = parse_batched(_call(job, "llama-batched-bench", *shape, "--output-format", "jsonl"))
+        if speed is not None:
+            return speed
+    raise SystemExit("llama-batched-bench printed no line of JSON")
 
 
 def _call(job: dict[str, Any], program: str, *arguments: str) -> str:

@@ -60,6 +60,7 @@ def test_llama_bench_is_parsed() -> None:
 def test_batched_bench_counts_new_tokens_over_the_whole_time() -> None:
     line = {"pp": 128, "tg": 64, "pl": 32, "t_pp": 3.0, "t_tg": 5.0, "speed": 768.0}
     assert parse_batched(f"a note\n{json.dumps(line)}\n") == 32 * 64 / 8.0
+    assert parse_batched("a note\n") is None
 
 
 def test_times_of_the_server_are_in_milliseconds() -> None:
