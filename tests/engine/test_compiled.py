@@ -214,6 +214,17 @@ def test_a_build_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert built.parent == tmp_path / "step35"
 
 
+def test_a_model_that_has_blown_up_still_gives_tokens(build_model: Callable[..., Step35]) -> None:
+    model = build_model(seed=5)
+    with torch.no_grad():
+        model.layers[2].ffn_norm.weight[3] = float("nan")
+    made = engine(model, compiled=True)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_tokens=6, temperature=temperature, speculate=3)
+        [completion] = made.generate(made.create([[5, 6, 7]], params))
+        assert all(0 <= token < model.config.vocab_size for token in completion.token_ids)
+
+
 def test_models_that_do_not_fit_run_in_torch(tiny: Step35) -> None:
     made = engine(copy.deepcopy(tiny), compiled=False)
     assert program.fits(made.model, made.cache)

@@ -717,7 +717,7 @@ void logits(const Model* model, int32_t k, const float* h, int32_t count, float*
         for (int64_t n = 0; n < count; n++) {
             const float* row = y + n * head.outs;
             float top = largest(row, head.outs);
-            best[n] = std::find(row, row + head.outs, top) - row;
+            best[n] = std::min(std::find(row, row + head.outs, top) - row, head.outs - 1);  // all may be NaN
             logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, top));
         }
     }
