@@ -11,14 +11,13 @@ the output is the same at any depth.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from statistics import median
 
 HALF_LIFE = 64
 """Drafts after which an observation counts half."""
 TRIALS = 3
 """Passes of each depth before times decide."""
 RECENT = 7
-"""Times to keep of each depth; their median decides, so that one slow pass does not."""
+"""Times to keep of each depth; the shortest decides, since whatever else the machine does makes passes longer."""
 PROBE_EVERY = 16
 """One pass in so many goes one deeper or shallower, so that a depth that has become worth while is found out."""
 
@@ -49,7 +48,7 @@ class DepthControl:
         for depth in range(most, -1, -1):
             if len(self._seconds[load, depth]) < TRIALS:
                 return depth
-        best = max(range(most + 1), key=lambda depth: self._tokens(depth) / median(self._seconds[load, depth]))
+        best = max(range(most + 1), key=lambda depth: self._tokens(depth) / min(self._seconds[load, depth]))
         self._passes += 1
         if self._passes % PROBE_EVERY:
             return best
