@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -43,3 +44,9 @@ def _rate(reader: Callable[[], object], size: int, passes: int) -> float:
 def decode_bytes(config: ModelConfig, context: int, weights: str, cache: str) -> int:
     """Return the bytes that decoding one token reads: the active weights with the head, keys and values."""
     return cost(config, context, weight_bytes=WEIGHT_BYTES[weights], cache_bytes=WEIGHT_BYTES[cache]).read_bytes
+
+
+def last_cache_bytes() -> int | None:
+    """Return the size of the first core's largest cache; None where the system does not tell."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=None)

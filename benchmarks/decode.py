@@ -26,11 +26,14 @@ when drafts changed an answer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +41,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bandwidth import decode_bytes, read_bandwidth
+from bandwidth import WEIGHT_BYTES, decode_bytes, last_cache_bytes, read_bandwidth
 from decode_cases import MODULES, Case, Shape, build
 from idle import Watch, wait_until_idle
+from step35.config.cost import trunk_parameters
 from step35.runtime.console import Console
 from step35.runtime.device import set_threads
 from step35.runtime.machine import environment
@@ -119,7 +123,9 @@ def main() -> int:
     named = ratios(medians, bounds, args.models, args.dtype)
     result = {
         "command": " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
-        "environment": environment() | {"threads": threads, "load_average": load_before},
+        "environment": environment() | {
+            "threads": threads, "load_average": load_before, "last_cache_bytes": last_cache_bytes(),
+        },
         "dtype": args.dtype, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "batch": args.batch,
         "tasks": args.tasks, "repeats": args.repeats, "seconds": round(time.monotonic() - started),
         "read_bandwidths": {name: {"bytes_per_s": rate, "by": by} for name, (rate, by) in bandwidths.items()},
@@ -219,20 +225,37 @@ def execute(variant: Variant, threads: int, job: Path, out: Path) -> str | None:
         openmp = variant.python.parents[1] / "lib/libiomp5.so"
         if openmp.exists():
             variables["LD_PRELOAD"] = str(openmp)  # as vLLM asks for
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, env=variables, stdout=errors, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        deadline = time.monotonic() + LIMIT_S
-        said = list[str]()
-        for line in process.stderr:
-            if line.startswith("  "):
-                print(line, end="", file=sys.stderr, flush=True)
-            said.append(line)
-            if time.monotonic() > deadline:
-                process.kill()
-        if process.wait() == 0 and out.exists():
-            return None
-    return f"exit status {process.returncode}: {''.join(said)[-1500:]}"
+    process = subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    late = threading.Timer(LIMIT_S, _end, [process])
+    late.start()
+    try:
+        said = _progress(process)
+        process.wait()
+    finally:
+        late.cancel()
+        _end(process)
+    if process.returncode == 0 and out.exists():
+        return None
+    return f"exit status {process.returncode}: {said[-1500:]}"
+
+
+def _progress(process: subprocess.Popen[str]) -> str:
+    """Pass on the script's own lines until it ends; return all it said."""
+    assert process.stderr is not None
+    said = list[str]()
+    for line in process.stderr:
+        if line.startswith("  "):
+            print(line, end="", file=sys.stderr, flush=True)
+        said.append(line)
+    return "".join(said)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the script with whatever it has started; nothing happens when all have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def row(model: str, variant: str, what: str, samples: Sequence[float]) -> dict[str, Any]:
@@ -253,6 +276,7 @@ def bound(
     return {
         "model": case.name,
         "variant": variant.name,
+        "weight_bytes": round(trunk_parameters(case.config) * WEIGHT_BYTES[variant.weights]),
         "bytes_a_token": size,
         "memory_tokens_per_s": bandwidths["memory"][0] / size,
         "cached_tokens_per_s": bandwidths[key][0] / size,
@@ -327,16 +351,21 @@ def _against_peers(medians: Medians, model: str, short: str) -> dict[str, tuple[
 def show(result: Mapping[str, Any], wrong: Sequence[str], console: Console) -> None:
     """Print the tables and what is wrong."""
     console.table("tokens/s, median (best)", *_table(result["rows"], ""))
-    console.table("shipped tasks: tokens/s, median (best)", *_table(result["rows"], "tasks_"))
-    console.table("shipped tasks, from the first token on", *_table(result["rows"], "tasks_decode_"))
+    if any(row["what"].startswith("tasks") for row in result["rows"]):
+        console.table("shipped tasks: tokens/s, median (best)", *_table(result["rows"], "tasks_"))
+        console.table("shipped tasks, from the first token on", *_table(result["rows"], "tasks_decode_"))
     shown = [
-        (b["model"], b["variant"], f"{b['bytes_a_token'] / 1e6:.1f} MB", f"{b['memory_tokens_per_s']:,.0f}",
+        (b["model"], b["variant"], f"{b['weight_bytes'] / 1e6:.1f} MB", f"{b['bytes_a_token'] / 1e6:.1f} MB", f"{b['memory_tokens_per_s']:,.0f}",
          f"{b['cached_tokens_per_s']:,.0f}")
         for b in result["bounds"]
     ]  # fmt: skip
-    console.table("bound by reading", ["model", "engine", "a token reads", "memory tok/s", "cached tok/s"], shown)
+    console.table(
+        "bound by reading", ["model", "engine", "weights", "a token reads", "memory tok/s", "cached tok/s"], shown
+    )
     for name, found in result["read_bandwidths"].items():
         console.print(f"reading {name}: {found['bytes_per_s'] / 1e9:.1f} GB/s ({found['by']})")
+    if cache := result["environment"]["last_cache_bytes"]:
+        console.print(f"last level of cache: {cache / 1e6:.1f} MB; weights that fit it need not come from memory")
     busy = [one for one in result["runs"] if (one.get("others_cores") or 0) > 0.15]
     for one in busy:
         console.warn(f"{one['model']}: {one['variant']}: others used {one['others_cores']:.2f} cores meanwhile")
