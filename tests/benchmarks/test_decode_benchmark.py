@@ -12,8 +12,9 @@ from rounds import Timing, add_tasks, measure
 from run_llama import parse_batched, parse_bench, timing_of
 
 from bandwidth import decode_bytes, read_bandwidth
-from decode import bound, compare_answers, complaints, missing, ratios, row, variants
+from decode import bound, missing, row, variants
 from decode_cases import FIRST_ID, Shape, make_rounds
+from decode_report import compare_answers, complaints, ratios
 from idle import Watch
 from step35.config.presets import preset
 
