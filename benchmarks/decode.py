@@ -243,7 +243,7 @@ def _progress(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
     said = list[str]()
     for line in process.stderr:
-        if line.startswith("  "):
+        if line.startswith("> "):
             print(line, end="", file=sys.stderr, flush=True)
         said.append(line)
     return "".join(said)

@@ -37,7 +37,7 @@ def load() -> tuple[dict[str, Any], Path]:
 
 def say(text: str) -> None:
     """Report progress."""
-    print(f"  {text}", file=sys.stderr, flush=True)
+    print(f"> {text}", file=sys.stderr, flush=True)
 
 
 def measure(job: dict[str, Any], generate: Generate) -> Speeds:
