@@ -10,14 +10,16 @@ from pathlib import Path
 
 IDLE_CORES = 0.15
 """Cores that others may use on a machine that counts as idle."""
+LOOK_S = 2.0
+"""How long it must be idle."""
 
 
 def wait_until_idle(limit_s: float) -> bool:
-    """Wait until others used less than `IDLE_CORES` for a second; return False when that took longer than allowed."""
+    """Wait until others used less than `IDLE_CORES` for `LOOK_S`; return False when that took longer than allowed."""
     end = time.monotonic() + limit_s
     while True:
         with_others = Watch()
-        time.sleep(1.0)
+        time.sleep(LOOK_S)
         busy = with_others.cores()
         if busy is None or busy < IDLE_CORES:
             return True
