@@ -27,7 +27,7 @@ from step35.model.attention_kernels import attend, visible
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
-FEW_ROWS = 64
+FEW_ROWS = 128
 """Up to this many rows of one request run compiled; for more, torch is at times faster (measured on AVX-512)."""
 
 Pass = Callable[[Sequence[Rows]], Tensor]

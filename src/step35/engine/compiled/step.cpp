@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -18,6 +20,8 @@
 #include <omp.h>
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -207,7 +211,9 @@ inline float largest(const float* y, int64_t size) {
     for (; i + LANES <= size; i += LANES)
         for (int l = 0; l < LANES; l++) lanes[l] = std::max(lanes[l], y[i + l]);
     for (; i < size; i++) lanes[0] = std::max(lanes[0], y[i]);
-    return *std::max_element(lanes, lanes + LANES);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int l = 0; l < half; l++) lanes[l] = std::max(lanes[l], lanes[l + half]);
+    return lanes[0];
 }
 
 inline float sum_of_exponentials(const float* y, int64_t size, float top) {
@@ -299,11 +305,133 @@ inline void products(const float* const* x, int64_t rows, const T* w, int64_t st
     else products<false>(x, rows, w, stride, ins, outs, y, y_stride);
 }
 
-// Outputs `begin` to `begin + count` of a matrix, for rows given by pointers, into y (rows, STRIP).
-inline void strip(const Matrix& m, const float* const* x, int64_t rows, int64_t begin, int count, float* y) {
-    typed(m.type, m.data, [&](auto* w) { products(x, rows, w + begin * m.ins, m.ins, m.ins, count, y, STRIP); });
+// ---------------------------------------------------------------------------------------------------------------------
+// The same for bf16 matrices on CPUs that multiply tiles of 16 x 32 by 32 x 16 (AMX). A row x is given as two bf16
+// numbers each, x = high + low to 16 bits, so that this is as exact as what it replaces.
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+constexpr int TILE_INS = 32;
+
+// Linux lets a process use the tile registers once it has asked.
+const bool AMX = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) == 0;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void shape(int tile, int row_count, int bytes) { rows[tile] = row_count, row_bytes[tile] = bytes; }
+};
+
+thread_local int configured_outs = 0, configured_rows = 0;
+
+// Tiles 0 and 1 are sums of high and low parts, 2 and 3 these parts, 4 the matrix.
+inline void configure_tiles(int outs, int count) {
+    if (outs == configured_outs && count == configured_rows) return;
+    configured_outs = outs, configured_rows = count;
+    TileConfig config;
+    for (int tile : {0, 1}) config.shape(tile, outs, count * 4);
+    for (int tile : {2, 3}) config.shape(tile, TILE_INS / 2, count * 4);
+    config.shape(4, outs, TILE_INS * 2);
+    _tile_loadconfig(&config);
+}
+
+// At the end of a pass, in each thread: others may use the tiles in another shape.
+inline void release_tiles() {
+    configured_outs = configured_rows = 0;
+    _tile_release();
+}
+
+// Up to 16 rows of x, `count` of them, side by side: for each pair of ins, the pairs of all rows; high parts of a tile,
+// then its low parts.
+inline void pack(const float* const* x, int count, int64_t ins, bf16* packed) {
+    for (int64_t block = 0; block < ins; block += TILE_INS, packed += 2 * TILE_INS * count)
+        for (int r = 0; r < count; r++)
+            for (int half = 0; half < TILE_INS; half += 16) {
+                __m512 value = _mm512_loadu_ps(x[r] + block + half);
+                __m256i high = (__m256i)_mm512_cvtneps_pbh(value);
+                __m512 rest = value - (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+                __m256i low = (__m256i)_mm512_cvtneps_pbh(rest);
+                int32_t pairs[2][8];
+                memcpy(pairs[0], &high, 32), memcpy(pairs[1], &low, 32);
+                for (int part = 0; part < 2; part++)
+                    for (int i = 0; i < 8; i++)
+                        memcpy(packed + (part * TILE_INS + half + 2 * i) * count + 2 * r, &pairs[part][i], 4);
+            }
+}
+
+// Outputs of `outs` matrix rows for `count` packed rows.
+inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, float* y) {
+    configure_tiles(outs, count);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t d = 0; d < ins; d += TILE_INS, packed += 2 * TILE_INS * count) {
+        for (int o = 0; o < outs; o++) __builtin_prefetch(w + (o + STRIP) * ins + d);
+        _tile_loadd(4, w + d, ins * 2);
+        _tile_loadd(2, packed, count * 4);
+        _tile_dpbf16ps(0, 4, 2);
+        _tile_loadd(3, packed + TILE_INS * count, count * 4);
+        _tile_dpbf16ps(1, 4, 3);
+    }
+    float sums[2][16 * 16];
+    _tile_stored(0, sums[0], count * 4);
+    _tile_stored(1, sums[1], count * 4);
+    for (int r = 0; r < count; r++)
+        for (int o = 0; o < outs; o++) y[r * STRIP + o] = sums[0][o * count + r] + sums[1][o * count + r];
+}
+#else
+constexpr bool AMX = false;
+constexpr int TILE_INS = 32;
+inline void pack(const float* const*, int, int64_t, bf16*) {}
+inline void tile_products(const bf16*, int, const bf16*, int64_t, int, float*) {}
+inline void release_tiles() {}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows that matrices are to be multiplied with.
+
+template <class T> inline T* grow(std::vector<T>& buffer, int64_t size) {
+    if (int64_t(buffer.size()) < size) buffer.resize(size);
+    return buffer.data();
+}
+
+// Of each thread: the strip it works on, the rows it reads, and these packed.
+thread_local std::vector<float> part;
+thread_local std::vector<const float*> row_pointers;
+thread_local std::vector<bf16> packed_rows;
+
+struct Rows {
+    const float* const* x;
+    int64_t count;
+    const bf16* packed;  // null where tiles are not used
+
+    // Prepares rows given by pointers, of this thread, for products with `m`.
+    static Rows of(const Matrix& m, const float* const* x, int64_t count) {
+        if (!AMX || m.type != BFLOAT16 || m.ins % TILE_INS) return {x, count, nullptr};
+        bf16* packed = grow(packed_rows, 2 * count * m.ins);
+        for (int64_t r = 0; r < count; r += 16) pack(x + r, std::min<int64_t>(16, count - r), m.ins, packed + 2 * r * m.ins);
+        return {x, count, packed};
+    }
+
+    // The same for `count` rows of x, one behind the other.
+    static Rows of(const Matrix& m, const float* x, int64_t count) {
+        const float** pointers = grow(row_pointers, count);
+        for (int64_t n = 0; n < count; n++) pointers[n] = x + n * m.ins;
+        return of(m, pointers, count);
+    }
+};
+
+// Outputs `begin` to `begin + count` of a matrix, into y (rows, STRIP).
+inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, float* y) {
+    if (rows.packed) {
+        const bf16* w = static_cast<const bf16*>(m.data) + begin * m.ins;
+        for (int64_t r = 0; r < rows.count; r += 16)
+            tile_products(rows.packed + 2 * r * m.ins, std::min<int64_t>(16, rows.count - r), w, m.ins, count, y + r * STRIP);
+        return;
+    }
+    typed(m.type, m.data, [&](auto* w) { products(rows.x, rows.count, w + begin * m.ins, m.ins, m.ins, count, y, STRIP); });
     if (m.scales)
-        for (int64_t r = 0; r < rows; r++)
+        for (int64_t r = 0; r < rows.count; r++)
             for (int o = 0; o < count; o++) y[r * STRIP + o] *= m.scales[begin + o];
 }
 
@@ -315,21 +443,7 @@ struct Buffers {  // kept from pass to pass
     std::vector<int32_t> chosen, start, entry, experts;
 };
 
-template <class T> inline T* grow(std::vector<T>& buffer, int64_t size) {
-    if (int64_t(buffer.size()) < size) buffer.resize(size);
-    return buffer.data();
-}
-
-thread_local Buffers kept;                          // of the thread that calls
-thread_local std::vector<float> part;               // of each thread: the strip it works on
-thread_local std::vector<const float*> row_pointers;  // and the rows it reads
-
-// Pointers to `count` rows of x, `width` apart.
-inline const float** rows_of(const float* x, int64_t count, int64_t width) {
-    const float** rows = grow(row_pointers, count);
-    for (int64_t n = 0; n < count; n++) rows[n] = x + n * width;
-    return rows;
-}
+thread_local Buffers kept;  // of the thread that calls
 
 struct Pass {
     const Model& model;
@@ -359,12 +473,13 @@ struct Pass {
 
     // y (rows, outs) = x m^T; `add` adds to what y holds.
     void multiply(const Matrix& m, const float* x, float* y, bool add = false) {
+        const Rows prepared = Rows::of(m, x, rows);
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < strips(m.outs); s++) {
             int64_t begin = s * STRIP;
             int outs = std::min<int64_t>(STRIP, m.outs - begin);
             float* sums = grow(part, rows * STRIP);
-            strip(m, rows_of(x, rows, m.ins), rows, begin, outs, sums);
+            strip(m, prepared, begin, outs, sums);
             for (int64_t n = 0; n < rows; n++)
                 for (int o = 0; o < outs; o++) {
                     float& target = y[n * m.outs + begin + o];
@@ -481,22 +596,25 @@ struct Pass {
         float* out = &b.attended[(n * layer.heads + kv * group) * C];
         const float scale = 1.0f / std::sqrt(float(C));
         const float* q[MOST_HEADS];
-        float top[MOST_HEADS], total[MOST_HEADS], scores[MOST_HEADS * BLOCK];
-        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY, total[g] = 0;
+        float top[MOST_HEADS], scores[MOST_HEADS * BLOCK], totals[MOST_HEADS * BLOCK];
+        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY;
         std::fill(out, out + group * C, 0.0f);
+        std::fill(totals, totals + group * BLOCK, 0.0f);
         for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) {
             int64_t from = std::max(first, block * BLOCK), count = std::min(last + 1, (block + 1) * BLOCK) - from;
             int64_t place = (table[block] * BLOCK + from % BLOCK) * stride + kv * C;
             for (int64_t s = 0; s < count; s++)
                 for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(values + place + s * stride + c);
             products(q, group, keys + place, stride, C, count, scores, BLOCK);
-            for (int64_t g = 0; g < group; g++) soften(scores + g * BLOCK, count, scale, top[g], total[g], out + g * C, C);
+            for (int64_t g = 0; g < group; g++)
+                soften(scores + g * BLOCK, count, scale, top[g], totals + g * BLOCK, out + g * C, C);
             int64_t g = 0;
             for (; g + 4 <= group; g += 4) weigh<4>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
             for (; g < group; g++) weigh<1>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
         }
         for (int64_t g = 0; g < group; g++) {
-            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / total[g];
+            float total = std::accumulate(totals + g * BLOCK, totals + (g + 1) * BLOCK, 0.0f);
+            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / total;
             for (int64_t c = 0; c < C; c++) out[g * C + c] *= gate;
         }
     }
@@ -526,18 +644,17 @@ struct Pass {
     }
 
     // Turn scores (BLOCK) into weights relative to the running maximum `top`; what was summed before is scaled to it.
-    static void soften(float* scores, int64_t count, float scale, float& top, float& total, float* out, int64_t size) {
-        std::fill(scores + count, scores + BLOCK, -INFINITY);
-        float most = top;
-        for (int s = 0; s < BLOCK; s++) most = std::max(most, scores[s] *= scale);
+    static void soften(float* scores, int count, float scale, float& top, float* totals, float* out, int64_t size) {
+        for (int s = 0; s < BLOCK; s++) scores[s] = s < count ? scores[s] * scale : -INFINITY;
+        float most = largest(scores, BLOCK);
         if (most > top) {
             float shrink = top == -INFINITY ? 0.0f : exponential(top - most);
             for (int64_t c = 0; c < size; c++) out[c] *= shrink;
-            total *= shrink;
+            for (int s = 0; s < BLOCK; s++) totals[s] *= shrink;
             top = most;
         }
-        for (int s = 0; s < BLOCK; s++) scores[s] = exponential(scores[s] - top);
-        for (int64_t s = 0; s < count; s++) total += scores[s];
+        for (int s = 0; s < BLOCK; s++) scores[s] = exponential(scores[s] - top);  // 1e-38 behind `count`
+        for (int s = 0; s < BLOCK; s++) totals[s] += scores[s];
     }
 
     // Choose each row's experts and weigh them; then list the rows of each expert.
@@ -581,26 +698,34 @@ struct Pass {
     void hidden(const Layer& layer) {
         const int64_t I = layer.routed.hidden, shared = strips(layer.shared.hidden), each = strips(I);
         const int64_t active = layer.experts ? b.experts.size() : 0;
-#pragma omp for schedule(dynamic, 2)
+        int64_t prepared = -1;  // whose rows are ready: 0 for the shared MLP, 1 for the first active expert, ...
+        Rows x{};
+#pragma omp for schedule(static)
         for (int64_t task = 0; task < shared + active * each; task++) {
-            if (task < shared) {
-                swiglu(layer.shared, 0, task, rows_of(b.x.data(), rows, D), rows, b.shared_active.data());
-                continue;
-            }
-            int64_t e = b.experts[(task - shared) / each], start = b.start[e], count = b.start[e + 1] - start;
-            const float** x = grow(row_pointers, count);
-            for (int64_t i = 0; i < count; i++) x[i] = &b.x[b.entry[start + i] / layer.top_k * D];
-            swiglu(layer.routed, e, (task - shared) % each, x, count, &b.active[start * I]);
+            int64_t number = task < shared ? 0 : 1 + (task - shared) / each;
+            int64_t e = number ? b.experts[number - 1] : 0, start = number ? b.start[e] : 0;
+            if (number != prepared) x = number ? rows_of(layer, e) : Rows::of(layer.shared.gate_up, b.x.data(), rows);
+            prepared = number;
+            if (number) swiglu(layer.routed, e, (task - shared) % each, x, &b.active[start * I]);
+            else swiglu(layer.shared, 0, task, x, b.shared_active.data());
         }
     }
 
+    // The rows that have chosen expert e.
+    Rows rows_of(const Layer& layer, int64_t e) const {
+        int64_t start = b.start[e], count = b.start[e + 1] - start;
+        const float** x = grow(row_pointers, count);
+        for (int64_t i = 0; i < count; i++) x[i] = &b.x[b.entry[start + i] / layer.top_k * D];
+        return Rows::of(layer.routed.gate_up, x, count);
+    }
+
     // Strip `number` of one expert's activations, into y (count, hidden).
-    void swiglu(const Mlp& mlp, int64_t expert, int64_t number, const float* const* x, int64_t count, float* y) {
-        int64_t begin = number * STRIP, first = expert * 2 * mlp.hidden + begin;
+    void swiglu(const Mlp& mlp, int64_t expert, int64_t number, const Rows& rows, float* y) {
+        int64_t count = rows.count, begin = number * STRIP, first = expert * 2 * mlp.hidden + begin;
         int outs = std::min<int64_t>(STRIP, mlp.hidden - begin);
         float *gate = grow(part, 2 * count * STRIP), *up = gate + count * STRIP;
-        strip(mlp.gate_up, x, count, first, outs, gate);
-        strip(mlp.gate_up, x, count, first + mlp.hidden, outs, up);
+        strip(mlp.gate_up, rows, first, outs, gate);
+        strip(mlp.gate_up, rows, first + mlp.hidden, outs, up);
         for (int64_t i = 0; i < count; i++) {
             const float *g = gate + i * STRIP, *u = up + i * STRIP;
             float *to = y + i * mlp.hidden + begin, most = mlp.clip > 0 ? mlp.clip : INFINITY;
@@ -609,27 +734,36 @@ struct Pass {
         }
     }
 
-    // h += shared + sum of weight * expert, the experts in the order of their numbers.
+    // h += shared + sum of weight * expert, the experts in the order of their numbers. Each thread has columns of its own.
     void down(const Layer& layer) {
-        const int64_t I = layer.routed.hidden;
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < strips(D); s++) {
+        const int64_t I = layer.routed.hidden, team = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t from = strips(D) * me / team, to = strips(D) * (me + 1) / team;
+        const Rows shared = Rows::of(layer.shared.down, b.shared_active.data(), rows);
+        add_strips(layer.shared.down, shared, 0, from, to, [&](int64_t n) { return std::pair(n, 1.0f); });
+        if (layer.experts)
+            for (int32_t e : b.experts) {
+                int64_t start = b.start[e];
+                const Rows x = Rows::of(layer.routed.down, &b.active[start * I], b.start[e + 1] - start);
+                add_strips(layer.routed.down, x, e * D, from, to, [&](int64_t i) {
+                    int32_t entry = b.entry[start + i];
+                    return std::pair<int64_t, float>(entry / layer.top_k, b.weights[entry]);
+                });
+            }
+#pragma omp barrier
+    }
+
+    // For each row i of x, add weight * (x m^T) to a row of h: `target` gives both. `first`: the first row of m.
+    template <class F>
+    void add_strips(const Matrix& m, const Rows& x, int64_t first, int64_t from, int64_t to, F target) {
+        float* sums = grow(part, x.count * STRIP);
+        for (int64_t s = from; s < to; s++) {
             int64_t begin = s * STRIP;
             int outs = std::min<int64_t>(STRIP, D - begin);
-            float* sums = grow(part, rows * STRIP);
-            const float** x = rows_of(b.shared_active.data(), rows, layer.shared.hidden);
-            strip(layer.shared.down, x, rows, begin, outs, sums);
-            for (int64_t n = 0; n < rows; n++)
-                for (int o = 0; o < outs; o++) h[n * D + begin + o] += sums[n * STRIP + o];
-            if (!layer.experts) continue;
-            for (int32_t e : b.experts) {
-                int64_t start = b.start[e], count = b.start[e + 1] - start;
-                strip(layer.routed.down, rows_of(&b.active[start * I], count, I), count, e * D + begin, outs, sums);
-                for (int64_t i = 0; i < count; i++) {
-                    int32_t entry = b.entry[start + i];
-                    float* to = h + entry / layer.top_k * D + begin;
-                    for (int o = 0; o < outs; o++) to[o] += b.weights[entry] * sums[i * STRIP + o];
-                }
+            strip(m, x, first + begin, outs, sums);
+            for (int64_t i = 0; i < x.count; i++) {
+                auto [n, weight] = target(i);
+                float* y = h + n * D + begin;
+                for (int o = 0; o < outs; o++) y[o] += weight * sums[i * STRIP + o];
             }
         }
     }
@@ -682,6 +816,7 @@ void trunk(const Model* model, const Batch* batch, float* h) {
 #pragma omp barrier
         for (int i = 0; i < model->layer_count; i++) pass.block(model->layers[i]);
         if (model->hidden) pass.keep(0);
+        release_tiles();
     }
 }
 
@@ -698,6 +833,7 @@ void module(const Model* model, int32_t k, const Batch* batch, float* h) {
         pass.multiply(module.joint, pass.b.joint.data(), h);
         pass.block(module.layer);
         pass.keep(k + 1);
+        release_tiles();
     }
 }
 
@@ -713,6 +849,7 @@ void logits(const Model* model, int32_t k, const float* h, int32_t count, float*
     {
         pass.norm_rows(k < 0 ? model->norm : model->modules[k].norm);
         pass.multiply(head, pass.b.x.data(), y);
+        release_tiles();
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < count; n++) {
             const float* row = y + n * head.outs;
