@@ -34,8 +34,9 @@ def load_library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        log.warning("the compiled decode step is not available, decoding runs in torch: %s", reason[-1:] or error)
+        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), str(error))
+        log.warning("the compiled decode step is not available, decoding runs in torch: %s", reason)
         return None
 
 

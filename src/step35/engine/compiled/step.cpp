@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -142,11 +141,42 @@ template <class T> INLINE Floats load_some(const T* p, int64_t count) {
     return load(padded);
 }
 
-// {a0, b0, a1, b1, ...} folded: each element plus the one half a vector behind it.
+struct Places {
+    int32_t of[LANES];
+};
+
+// Places of {a0, b0, a1, b1, ...} in a vector a and a vector b behind it, a first place later.
+constexpr Places interleaved(int first) {
+    Places places{};
+    for (int i = 0; i < LANES; i++) places.of[i] = first + i / 2 + i % 2 * LANES;
+    return places;
+}
+
+constexpr Places rotated(int by) {
+    Places places{};
+    for (int i = 0; i < LANES; i++) places.of[i] = (i + by) % LANES;
+    return places;
+}
+
+INLINE Ints as_vector(const Places& places) {
+    Ints v;
+    memcpy(&v, &places, sizeof v);
+    return v;
+}
+
+// Of a and b in turn, each element plus the one half a vector behind it.
 INLINE Floats fold(Floats a, Floats b) {
-    Ints low, high;
-    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    static constexpr Places low = interleaved(0), high = interleaved(LANES / 2);
+    return __builtin_shuffle(a, b, as_vector(low)) + __builtin_shuffle(a, b, as_vector(high));
+}
+
+// Combines elements that are SHIFT apart, then SHIFT / 2, down to LEAST.
+template <int SHIFT, int LEAST, class F> INLINE Floats combine(Floats v, F with) {
+    if constexpr (SHIFT >= LEAST && SHIFT > 0) {
+        static constexpr Places behind = rotated(SHIFT);
+        return combine<SHIFT / 2, LEAST>(with(v, Floats(__builtin_shuffle(v, as_vector(behind)))), with);
+    }
+    return v;
 }
 
 // The sum of the elements of each of COUNT vectors (a power of two, at most LANES) is left in v[0], one behind the
@@ -156,12 +186,7 @@ template <int COUNT> INLINE void sum(Floats* v) {
     for (int half = COUNT / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) v[i] = fold(v[i], v[i + half]);
-#pragma GCC unroll 8
-    for (int parts = LANES / COUNT; parts > 1; parts /= 2) {
-        Ints behind;
-        for (int i = 0; i < LANES; i++) behind[i] = (i + parts / 2 * COUNT) % LANES;
-        v[0] += __builtin_shuffle(v[0], behind);
-    }
+    v[0] = combine<LANES / 2, COUNT>(v[0], [](Floats a, Floats b) { return a + b; });
 }
 
 inline float widen(float x) { return x; }
@@ -180,50 +205,51 @@ inline void narrow(float x, bf16* y) {  // to nearest, ties to even; NaN stays N
     *y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-// e^x to 2e-7, without a branch, so that loops of it become vector code.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    float n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
-    int32_t power;
-    memcpy(&power, &n, 4);
+template <class T> INLINE T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
+
+// e^x to 2e-7, without a branch; of a float or of a vector.
+template <class T, class Bits> INLINE T exponential_of(T x) {
+    x = smaller(larger(x, T{} - 87.0f), T{} + 88.0f);
+    T n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
+    Bits power;
+    memcpy(&power, &n, sizeof n);
     n -= 12582912.0f;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691e-4f;
-    p = p * r + 1.3981999e-3f;
+    T r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    T p = r * 1.9875691e-4f + 1.3981999e-3f;
     p = p * r + 8.3334519e-3f;
     p = p * r + 4.1665796e-2f;
     p = p * r + 1.6666665e-1f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = (power + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
+    Bits bits = (power + 127) << 23;
+    T scale;
+    memcpy(&scale, &bits, sizeof bits);
     return p * scale;
 }
 
+INLINE float exponential(float x) { return exponential_of<float, int32_t>(x); }
+INLINE Floats exponential(Floats x) { return exponential_of<Floats, Ints>(x); }
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// The largest of y, and the sum of e^(y - top), by lanes so that they become vector code.
+INLINE float largest(Floats v) { return combine<LANES / 2, 1>(v, [](Floats a, Floats b) { return larger(a, b); })[0]; }
+
 inline float largest(const float* y, int64_t size) {
-    float lanes[LANES];
-    std::fill(lanes, lanes + LANES, -INFINITY);
+    Floats most = Floats{} - INFINITY;
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] = std::max(lanes[l], y[i + l]);
-    for (; i < size; i++) lanes[0] = std::max(lanes[0], y[i]);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int l = 0; l < half; l++) lanes[l] = std::max(lanes[l], lanes[l + half]);
-    return lanes[0];
+    for (; i + LANES <= size; i += LANES) most = larger(most, load(y + i));
+    float top = largest(most);
+    for (; i < size; i++) top = std::max(top, y[i]);
+    return top;
 }
 
 inline float sum_of_exponentials(const float* y, int64_t size, float top) {
-    double total = 0;
+    Floats sums = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        float lanes[LANES];
-        for (int l = 0; l < LANES; l++) lanes[l] = exponential(y[i + l] - top);
-        for (int l = 0; l < LANES; l++) total += lanes[l];
-    }
+    for (; i + LANES <= size; i += LANES) sums += exponential(load(y + i) - top);
+    sum<1>(&sums);
+    float total = sums[0];
     for (; i < size; i++) total += exponential(y[i] - top);
     return total;
 }
@@ -252,7 +278,9 @@ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1)
 template <int ROWS, int OUTS, bool AHEAD, bool REST, class T>
 inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
     constexpr int COUNT = power_of_two(ROWS * OUTS);
-    Floats sums[COUNT] = {};
+    Floats sums[COUNT];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
     int64_t d = 0;
     for (; d + LANES <= ins; d += LANES) {
         Floats wide[OUTS];
@@ -325,14 +353,14 @@ struct alignas(64) TileConfig {
 
 thread_local int configured_outs = 0, configured_rows = 0;
 
-// Tiles 0 and 1 are sums of high and low parts, 2 and 3 these parts, 4 the matrix.
+// Tiles 0 to 3 are sums of high and low parts, for up to two groups of rows; 4 and 5 these parts, 6 the matrix.
 inline void configure_tiles(int outs, int count) {
     if (outs == configured_outs && count == configured_rows) return;
     configured_outs = outs, configured_rows = count;
     TileConfig config;
-    for (int tile : {0, 1}) config.shape(tile, outs, count * 4);
-    for (int tile : {2, 3}) config.shape(tile, TILE_INS / 2, count * 4);
-    config.shape(4, outs, TILE_INS * 2);
+    for (int tile : {0, 1, 2, 3}) config.shape(tile, outs, count * 4);
+    for (int tile : {4, 5}) config.shape(tile, TILE_INS / 2, count * 4);
+    config.shape(6, outs, TILE_INS * 2);
     _tile_loadconfig(&config);
 }
 
@@ -360,30 +388,49 @@ inline void pack(const float* const* x, int count, int64_t ins, bf16* packed) {
             }
 }
 
-// Outputs of `outs` matrix rows for `count` packed rows.
-inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, float* y) {
+inline void unpack(const float* high, const float* low, int count, int outs, float* y) {
+    for (int r = 0; r < count; r++)
+        for (int o = 0; o < outs; o++) y[r * STRIP + o] = high[o * count + r] + low[o * count + r];
+}
+
+// Outputs of `outs` matrix rows for `count` packed rows; with PAIR, also for as many rows packed behind these.
+template <bool PAIR>
+inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, bool ahead, float* y) {
+    const int64_t half = TILE_INS * count, next = 2 * ins * count;
     configure_tiles(outs, count);
     _tile_zero(0);
     _tile_zero(1);
-    for (int64_t d = 0; d < ins; d += TILE_INS, packed += 2 * TILE_INS * count) {
-        for (int o = 0; o < outs; o++) __builtin_prefetch(w + (o + STRIP) * ins + d);
-        _tile_loadd(4, w + d, ins * 2);
-        _tile_loadd(2, packed, count * 4);
-        _tile_dpbf16ps(0, 4, 2);
-        _tile_loadd(3, packed + TILE_INS * count, count * 4);
-        _tile_dpbf16ps(1, 4, 3);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < ins; d += TILE_INS, packed += 2 * half) {
+        for (int o = 0; ahead && o < outs; o++) __builtin_prefetch(w + (o + STRIP) * ins + d);
+        _tile_loadd(6, w + d, ins * 2);
+        _tile_loadd(4, packed, count * 4);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(5, packed + half, count * 4);
+        _tile_dpbf16ps(1, 6, 5);
+        if (PAIR) {
+            _tile_loadd(4, packed + next, count * 4);
+            _tile_dpbf16ps(2, 6, 4);
+            _tile_loadd(5, packed + next + half, count * 4);
+            _tile_dpbf16ps(3, 6, 5);
+        }
     }
-    float sums[2][16 * 16];
+    float sums[4][16 * 16];
     _tile_stored(0, sums[0], count * 4);
     _tile_stored(1, sums[1], count * 4);
-    for (int r = 0; r < count; r++)
-        for (int o = 0; o < outs; o++) y[r * STRIP + o] = sums[0][o * count + r] + sums[1][o * count + r];
+    unpack(sums[0], sums[1], count, outs, y);
+    if (PAIR) {
+        _tile_stored(2, sums[2], count * 4);
+        _tile_stored(3, sums[3], count * 4);
+        unpack(sums[2], sums[3], count, outs, y + count * STRIP);
+    }
 }
 #else
 constexpr bool AMX = false;
 constexpr int TILE_INS = 32;
 inline void pack(const float* const*, int, int64_t, bf16*) {}
-inline void tile_products(const bf16*, int, const bf16*, int64_t, int, float*) {}
+template <bool PAIR> inline void tile_products(const bf16*, int, const bf16*, int64_t, int, bool, float*) {}
 inline void release_tiles() {}
 #endif
 
@@ -425,8 +472,13 @@ struct Rows {
 inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, float* y) {
     if (rows.packed) {
         const bf16* w = static_cast<const bf16*>(m.data) + begin * m.ins;
-        for (int64_t r = 0; r < rows.count; r += 16)
-            tile_products(rows.packed + 2 * r * m.ins, std::min<int64_t>(16, rows.count - r), w, m.ins, count, y + r * STRIP);
+        int64_t r = 0;
+        for (; r + 32 <= rows.count; r += 32)
+            tile_products<true>(rows.packed + 2 * r * m.ins, 16, w, m.ins, count, r == 0, y + r * STRIP);
+        for (; r < rows.count; r += 16) {
+            int most = std::min<int64_t>(16, rows.count - r);
+            tile_products<false>(rows.packed + 2 * r * m.ins, most, w, m.ins, count, r == 0, y + r * STRIP);
+        }
         return;
     }
     typed(m.type, m.data, [&](auto* w) { products(rows.x, rows.count, w + begin * m.ins, m.ins, m.ins, count, y, STRIP); });
@@ -596,10 +648,10 @@ struct Pass {
         float* out = &b.attended[(n * layer.heads + kv * group) * C];
         const float scale = 1.0f / std::sqrt(float(C));
         const float* q[MOST_HEADS];
-        float top[MOST_HEADS], scores[MOST_HEADS * BLOCK], totals[MOST_HEADS * BLOCK];
-        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY;
+        float top[MOST_HEADS], scores[MOST_HEADS * BLOCK];
+        Floats totals[MOST_HEADS];
+        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY, totals[g] = Floats{};
         std::fill(out, out + group * C, 0.0f);
-        std::fill(totals, totals + group * BLOCK, 0.0f);
         for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) {
             int64_t from = std::max(first, block * BLOCK), count = std::min(last + 1, (block + 1) * BLOCK) - from;
             int64_t place = (table[block] * BLOCK + from % BLOCK) * stride + kv * C;
@@ -607,14 +659,16 @@ struct Pass {
                 for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(values + place + s * stride + c);
             products(q, group, keys + place, stride, C, count, scores, BLOCK);
             for (int64_t g = 0; g < group; g++)
-                soften(scores + g * BLOCK, count, scale, top[g], totals + g * BLOCK, out + g * C, C);
-            int64_t g = 0;
-            for (; g + 4 <= group; g += 4) weigh<4>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
-            for (; g < group; g++) weigh<1>(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
+                soften(scores + g * BLOCK, count, scale, top[g], &totals[g], out + g * C, C);
+            for (int64_t g = 0; g < group; g += 4) {
+                auto weigh = group - g >= 4 ? weigh_values<4, T> : group - g == 3 ? weigh_values<3, T>
+                             : group - g == 2 ? weigh_values<2, T> : weigh_values<1, T>;
+                weigh(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
+            }
         }
         for (int64_t g = 0; g < group; g++) {
-            float total = std::accumulate(totals + g * BLOCK, totals + (g + 1) * BLOCK, 0.0f);
-            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / total;
+            sum<1>(&totals[g]);
+            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / totals[g][0];
             for (int64_t c = 0; c < C; c++) out[g * C + c] *= gate;
         }
     }
@@ -623,7 +677,7 @@ struct Pass {
 
     // out (HEADS, C) += weights (HEADS, BLOCK) times the first `count` values.
     template <int HEADS, class T>
-    static void weigh(const T* values, int64_t stride, int64_t count, const float* weights, float* out, int64_t C) {
+    static void weigh_values(const T* values, int64_t stride, int64_t count, const float* weights, float* out, int64_t C) {
         int64_t c = 0;
         for (; c + LANES <= C; c += LANES) {
             Floats sums[HEADS];
@@ -644,17 +698,23 @@ struct Pass {
     }
 
     // Turn scores (BLOCK) into weights relative to the running maximum `top`; what was summed before is scaled to it.
-    static void soften(float* scores, int count, float scale, float& top, float* totals, float* out, int64_t size) {
-        for (int s = 0; s < BLOCK; s++) scores[s] = s < count ? scores[s] * scale : -INFINITY;
-        float most = largest(scores, BLOCK);
-        if (most > top) {
-            float shrink = top == -INFINITY ? 0.0f : exponential(top - most);
+    static void soften(float* scores, int count, float scale, float& top, Floats* totals, float* out, int64_t size) {
+        constexpr int PARTS = BLOCK / LANES;
+        for (int s = count; s < BLOCK; s++) scores[s] = -INFINITY;
+        Floats v[PARTS], most = Floats{} - INFINITY;
+        for (int part = 0; part < PARTS; part++) v[part] = load(scores + part * LANES) * scale, most = larger(most, v[part]);
+        float highest = largest(most);
+        if (highest > top) {
+            float shrink = top == -INFINITY ? 0.0f : exponential(top - highest);
             for (int64_t c = 0; c < size; c++) out[c] *= shrink;
-            for (int s = 0; s < BLOCK; s++) totals[s] *= shrink;
-            top = most;
+            *totals *= shrink;
+            top = highest;
         }
-        for (int s = 0; s < BLOCK; s++) scores[s] = exponential(scores[s] - top);  // 1e-38 behind `count`
-        for (int s = 0; s < BLOCK; s++) totals[s] += scores[s];
+        for (int part = 0; part < PARTS; part++) {
+            v[part] = exponential(v[part] - top);  // 1e-38 behind `count`
+            *totals += v[part];
+            memcpy(scores + part * LANES, &v[part], sizeof(Floats));
+        }
     }
 
     // Choose each row's experts and weigh them; then list the rows of each expert.
