@@ -14,6 +14,7 @@ import torch
 from step35.api.sampling import SamplingParams
 from step35.config.model import RopeScaling
 from step35.config.presets import preset
+from step35.engine import runner
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.compiled import library, program
 from step35.engine.compiled.program import Program
@@ -230,3 +231,20 @@ def test_models_that_do_not_fit_run_in_torch(tiny: Step35) -> None:
     assert program.fits(made.model, made.cache)
     assert not program.fits(made.model.to(torch.float16), made.cache)
     assert Program.create(made.model, made.cache) is None
+
+
+@torch.inference_mode()
+def test_rows_far_away_run_in_torch_beside_compiled_ones(tiny: Step35, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond `FAR` fewer rows run compiled; each request still gets its own rows back."""
+    monkeypatch.setattr(runner, "FEW_ROWS", 16)
+    monkeypatch.setattr(runner, "FAR", 12)
+    made = engine(tiny, compiled=True)
+    requests = start(made, PROMPTS)
+    parts = [Rows(requests[0], 0, 10), Rows(requests[1], 0, 20), Rows(requests[2], 0, 9)]
+    ordered = runner.in_order(parts)
+    assert [r.count for r in ordered] == [9, 10, 20]
+    h_ND = made.runner.trunk(ordered)
+    expected = engine(tiny, compiled=False)
+    for rows_of_one, h in zip(ordered, h_ND.split([r.count for r in ordered]), strict=True):
+        [alone] = start(expected, [rows_of_one.request.prompt])
+        assert difference(h, expected.runner.trunk([Rows(alone, 0, rows_of_one.count)])) < 1e-5

@@ -8,7 +8,7 @@ request, those with equally many rows together, over the slots that each may see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -29,6 +29,8 @@ from step35.model.step35 import Step35
 
 FEW_ROWS = 128
 """Up to this many rows of one request run compiled; for more, torch is at times faster (measured on AVX-512)."""
+FAR = 4096
+"""From this position on, a 16th as many: torch attends to far more keys than weights are read."""
 
 Pass = Callable[[Sequence[Rows]], Tensor]
 
@@ -144,7 +146,7 @@ class Runner:
             return
         for k in range(max(r.depth for r in requests)):
             rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
-            rows.sort(key=lambda r: r.count)
+            rows = in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
             for r, token in zip(rows, self._module_logits(k, self.module(k, rows)[last]).argmax(-1), strict=True):
                 r.request.drafts.append(int(token))
@@ -155,7 +157,7 @@ class Runner:
 
     def _split(self, rows: Sequence[Rows], compiled: Pass, eager: Pass) -> Tensor:
         """Run the requests with few rows compiled, which come first, and the others in torch."""
-        few = sum(r.count <= FEW_ROWS for r in rows) if self.program is not None else 0
+        few = sum(_few(r) for r in rows) if self.program is not None else 0
         parts = [run(part) for run, part in ((compiled, rows[:few]), (eager, rows[few:])) if part]
         return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1].float()])
 
@@ -184,6 +186,15 @@ class Runner:
 
     def _ids(self, rows: Sequence[Rows]) -> Tensor:
         return torch.tensor([_tokens(rows)], device=self.cache.keys[0].device)
+
+
+def in_order(rows: Iterable[Rows]) -> list[Rows]:
+    """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
+    return sorted(rows, key=lambda r: (not _few(r), r.count))
+
+
+def _few(rows: Rows) -> bool:
+    return rows.count <= (FEW_ROWS if rows.end <= FAR else FEW_ROWS // 16)
 
 
 def _tokens(rows: Sequence[Rows]) -> list[int]:
