@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from step35.errors import ConfigError
+from step35.serve.server import KEEP_ALIVE_S
 
 CHAT = {"messages": [{"role": "user", "content": "secret words"}]}
 
@@ -112,6 +113,13 @@ def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any, caplog: p
         assert not server.thread.is_alive()
         assert silent.recv(1) == b""
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_idle_connections_outlive_the_clients_own_patience() -> None:
+    """Where both close after the same 5 seconds, a request now and then meets a closed connection."""
+    patience = httpx.Limits().keepalive_expiry
+    assert patience is not None
+    assert patience * 2 < KEEP_ALIVE_S
 
 
 def test_the_drain_ends_at_its_time_limit(serve: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,13 +17,25 @@ from step35.serve.service import Service
 LAST_BYTES_S = 1
 """How long, once no generation runs or the drain has timed out, connections may take to end. Without a limit, a
 request whose body never comes, or a client that stopped reading, would hold the server for good."""
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open. Clients close theirs after less, 5 s in the official ones: who closes at the
+same moment as a client sends loses its request."""
 
 
 class DrainingServer(uvicorn.Server):
     """Keeps answering while it drains, /health with a 503, so that a load balancer sees it go."""
 
     def __init__(self, app: FastAPI, *, host: str, port: int) -> None:
-        super().__init__(uvicorn.Config(app, host=host, port=port, lifespan="off", log_config=None, access_log=False))
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        super().__init__(config)
         self.service: Service = app.state.service
         self.drain_until: float | None = None
 
