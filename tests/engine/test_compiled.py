@@ -149,6 +149,21 @@ def test_speculation_changes_no_bit_in_bfloat16(tiny: Step35, quantised: bool) -
         assert [(c.token_ids, c.raw_logprobs) for c in others] == [(c.token_ids, c.raw_logprobs) for c in outputs[0]]
 
 
+def test_int8_drafts_in_torch_are_those_of_the_compiled_passes(tiny: Step35) -> None:
+    model, outputs = quantise(copy.deepcopy(tiny)), []
+    for compiled in (True, False):
+        made = engine(model, compiled=compiled)
+        [request] = made.create(PROMPTS[:1], SamplingParams(max_tokens=8, temperature=0.0, speculate=3))
+        made.add(request)
+        while not request.decoding:
+            made.step()
+        assert made.cache.reserve(request, request.length + 4)
+        with torch.inference_mode():
+            made.runner.draft([request])
+        outputs.append((request.tokens, request.drafts))
+    assert outputs[0] == outputs[1]
+
+
 def test_two_threads_give_the_bits_of_one(tiny: Step35) -> None:
     threads, outputs = torch.get_num_threads(), []
     for count in (1, 2, 3):

@@ -298,7 +298,7 @@ class Engine:
         known = len(request.prompt_logprobs)  # a request that was preempted reads its prompt again
         targets = request.prompt[rows.start + 1 : rows.end + 1][max(0, known - rows.start) :]
         if targets:
-            h_TD = h_TD[max(0, known - rows.start) :][: len(targets)].to(self.cache.keys[0].dtype)
+            h_TD = h_TD[max(0, known - rows.start) :][: len(targets)].to(self.cache.dtype)
             labels = torch.tensor(targets, device=h_TD.device)
             request.prompt_logprobs += (-F.cross_entropy(self.model.logits(h_TD), labels, reduction="none")).tolist()
 

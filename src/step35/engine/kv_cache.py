@@ -32,6 +32,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
         self.full, self.window = BlockPool(full_blocks), BlockPool(window_blocks)
         self.layers = config.layers()
         self.window_tokens = max((layer.window or 0 for layer in self.layers), default=0)

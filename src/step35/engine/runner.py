@@ -47,7 +47,7 @@ class PagedContext(Context):
     """A forward pass whose keys and values lie in a `PagedCache`; one row of N tokens to the model."""
 
     def __init__(self, cache: PagedCache, rows: Sequence[Rows], first: int) -> None:
-        device = cache.keys[0].device
+        device = cache.device
         positions = [p for r in rows for p in range(r.start, r.end)]
         super().__init__(torch.tensor([positions], device=device))
         self.cache, self.rows, self.first = cache, rows, first
@@ -148,12 +148,9 @@ class Runner:
             rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
             rows = in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
-            for r, token in zip(rows, self._module_logits(k, self.module(k, rows)[last]).argmax(-1), strict=True):
+            ends_ND = self.module(k, rows)[last].to(self.cache.dtype)
+            for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1), strict=True):
                 r.request.drafts.append(int(token))
-
-    def _module_logits(self, k: int, h_ND: Tensor) -> Tensor:
-        module = self.model.mtp[k]
-        return module.logits(h_ND.to(module.head.weight.dtype))
 
     def _split(self, rows: Sequence[Rows], compiled: Pass, eager: Pass) -> Tensor:
         """Run the requests with few rows compiled, which come first, and the others in torch."""
@@ -185,7 +182,7 @@ class Runner:
         return state
 
     def _ids(self, rows: Sequence[Rows]) -> Tensor:
-        return torch.tensor([_tokens(rows)], device=self.cache.keys[0].device)
+        return torch.tensor([_tokens(rows)], device=self.cache.device)
 
 
 def in_order(rows: Iterable[Rows]) -> list[Rows]:

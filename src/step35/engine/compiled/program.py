@@ -104,7 +104,7 @@ class Program:
             matrix(model.embed_tokens.weight), matrix(model.norm.weight), linear(model.lm_head),
             self._array(CLayer, layers), self._array(CModule, modules), self._array(CRope, ropes),
             self._array(c_void_p, hidden) if hidden else None,
-            len(layers), len(ropes), CACHE_TYPES[cache.keys[0].dtype], torch.get_num_threads(),
+            len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(),
             model.config.rms_norm_eps,
         )  # fmt: skip
         self.library.pin(self.c.threads)
@@ -138,10 +138,10 @@ class Program:
         return Scores(y_NV, list(best), list(logprobs))
 
     def draft(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Return the drafts of each request, `depth` of them."""
+        """Return the drafts of each request, `depth` of them, at least one."""
         count, deepest = len(requests), max(r.depth for r in requests)
         starts = [[*r.module_done[: r.depth], *[0] * (deepest - r.depth)] for r in requests]
-        firsts = [min(r.module_done[: r.depth], default=r.length) for r in requests]
+        firsts = [min(r.module_done[: r.depth]) for r in requests]
         known = [(c_int32 * (r.length - first))(*r.tokens[first:]) for r, first in zip(requests, firsts, strict=True)]
         numbers = (c_int32 * (3 * count + count * deepest))(
             *(r.depth for r in requests), *(r.length for r in requests), *firsts, *(s for row in starts for s in row)
@@ -205,7 +205,7 @@ def fits(model: Step35, cache: PagedCache) -> bool:
     return (
         known
         and BLOCK_TOKENS == BLOCK
-        and cache.keys[0].dtype in CACHE_TYPES
+        and cache.dtype in CACHE_TYPES
         and all(layer.heads // layer.kv_heads <= MOST_GROUP for layer in layers)
         and model.config.moe_num_experts <= MOST_EXPERTS
     )
@@ -236,10 +236,6 @@ def experts(module: Experts) -> CMlp:
     return CMlp(gate_up, down, module.down_proj.shape[-1], module.clip)
 
 
-class Arrays(CBatch):
-    """A batch that keeps what it points at alive."""
-
-
 def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
     """Describe the rows of a pass, in order, and the block tables of their requests."""
     count = len(tokens)
@@ -252,8 +248,8 @@ def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
         *_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)
     )
     at, table = ctypes.addressof(ids), ctypes.addressof(tables)
-    c = Arrays(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
-    c.kept = ids, tables
+    c = CBatch(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
+    c.kept = ids, tables  # alive as long as what points at them
     return c
 
 
