@@ -497,12 +497,19 @@ struct Buffers {  // kept from pass to pass
 
 thread_local Buffers kept;  // of the thread that calls
 
+inline int64_t widest_rope(const Model& model) {
+    int64_t most = 0;
+    for (int r = 0; r < model.rope_count; r++) most = std::max(most, model.ropes[r].half);
+    return most;
+}
+
 struct Pass {
     const Model& model;
     const Batch& batch;
     Buffers& b;
     float* h;  // (N, D)
     const int64_t rows = batch.rows, D = model.embedding.ins;
+    const int64_t half_stride = widest_rope(model), rope_stride = rows * half_stride;  // of cos and sin
 
     int64_t slot(const int32_t** tables, int64_t row, int64_t position) const {
         return tables[batch.request[row]][position / BLOCK] * BLOCK + position % BLOCK;
@@ -575,18 +582,11 @@ struct Pass {
             for (int64_t n = 0; n < rows; n++)
                 for (int64_t j = 0; j < rope.half; j++) {
                     float angle = float(batch.positions[n]) * rope.frequencies[j];
-                    b.cos[r * rope_stride() + n * half_stride() + j] = std::cos(angle);
-                    b.sin[r * rope_stride() + n * half_stride() + j] = std::sin(angle);
+                    b.cos[r * rope_stride + n * half_stride + j] = std::cos(angle);
+                    b.sin[r * rope_stride + n * half_stride + j] = std::sin(angle);
                 }
         }
     }
-
-    int64_t half_stride() const {
-        int64_t most = 0;
-        for (int r = 0; r < model.rope_count; r++) most = std::max(most, model.ropes[r].half);
-        return most;
-    }
-    int64_t rope_stride() const { return rows * half_stride(); }
 
     void block(const Layer& layer) {
         norm_rows(layer.attention_norm);
@@ -612,8 +612,8 @@ struct Pass {
             float* x = &b.heads[i * C];
             if (head < H + K) {
                 norm(x, head < H ? layer.q_norm : layer.k_norm, C, x);
-                const float* cos = &b.cos[layer.rope * rope_stride() + n * half_stride()];
-                const float* sin = &b.sin[layer.rope * rope_stride() + n * half_stride()];
+                const float* cos = &b.cos[layer.rope * rope_stride + n * half_stride];
+                const float* sin = &b.sin[layer.rope * rope_stride + n * half_stride];
                 for (int64_t j = 0; j < half; j++) {
                     float first = x[j], second = x[j + half];
                     x[j] = first * cos[j] - second * sin[j];
@@ -856,8 +856,8 @@ struct Pass {
 
 void prepare(Pass& pass, const Layer* layers, int count) {
     for (int i = 0; i < count; i++) pass.prepare(layers[i]);
-    grow(pass.b.cos, pass.model.rope_count * pass.rope_stride());
-    grow(pass.b.sin, pass.model.rope_count * pass.rope_stride());
+    grow(pass.b.cos, pass.model.rope_count * pass.rope_stride);
+    grow(pass.b.sin, pass.model.rope_count * pass.rope_stride);
 }
 
 }  // namespace
