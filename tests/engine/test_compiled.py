@@ -16,7 +16,7 @@ from step35.config.model import RopeScaling
 from step35.config.presets import preset
 from step35.engine import runner
 from step35.engine.blocks import BLOCK_TOKENS
-from step35.engine.compiled import library, program
+from step35.engine.compiled import program
 from step35.engine.compiled.program import Program
 from step35.engine.engine import Engine
 from step35.engine.int8 import quantise
@@ -25,6 +25,7 @@ from step35.engine.runner import Runner
 from step35.engine.scheduler import Rows
 from step35.model.init import initialise
 from step35.model.step35 import Step35
+from step35.runtime import compiled as library
 
 pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -214,7 +215,7 @@ def test_a_build_that_fails_says_why(
     monkeypatch.setattr(library, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(library, "FLAGS", ("-no-such-flag",))
     with caplog.at_level(logging.WARNING):
-        assert library.load_library.__wrapped__() is None
+        assert library.load_library.__wrapped__(program.SOURCE, "decoding") is None
     assert "no-such-flag" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -223,9 +224,9 @@ def test_a_build_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = library.find_compiler()
     assert compiler is not None
-    built = library.build(compiler)
+    built = library.build(compiler, program.SOURCE)
     stamp = built.stat().st_mtime_ns
-    assert library.build(compiler) == built
+    assert library.build(compiler, program.SOURCE) == built
     assert built.stat().st_mtime_ns == stamp
     assert built.parent == tmp_path / "step35"
 

@@ -60,7 +60,9 @@ def examine() -> dict[str, Any]:
     """Return everything `doctor` knows: bytes, FLOP/s and bytes/s. Takes a few seconds."""
     import torch
 
-    from step35.engine.compiled.library import load_library
+    from step35.engine.compiled.program import SOURCE as DECODING
+    from step35.model.compiled.attention import SOURCE as TRAINING
+    from step35.runtime.compiled import load_library
     from step35.runtime.device import compute_dtype, pick_device, set_threads
 
     threads = set_threads()
@@ -80,7 +82,8 @@ def examine() -> dict[str, Any]:
         "read_bytes_per_s": read_bandwidth(min(READ_BYTES, memory // 8)),
         "devices": devices,
         "compiler": next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None),
-        "compiled_decoding": load_library() is not None,
+        "compiled_decoding": load_library(DECODING, "decoding") is not None,
+        "compiled_training": load_library(TRAINING, "training") is not None,
         "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
         "extras": _extras(),
         "presets": _presets(memory, run_bytes=4),  # the verbs load fp32, on the CPU
@@ -196,6 +199,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         ("matmul fp32", amount(facts["fp32_flops"], "FLOP/s")),
         ("C++ compiler", compiler + headers),
         ("decoding", "compiled for this CPU" if facts["compiled_decoding"] else "in torch, several times slower"),
+        ("training", "compiled for this CPU" if facts["compiled_training"] else "in torch, slower"),
         ("versions", f"step35 {facts['step35']}, python {facts['python']}, torch {facts['torch']}"),
         ("system", facts["platform"]),
     ]

@@ -1,5 +1,7 @@
 """Softmax attention over explicit visibility rules: a plain reference, and two paths that leave hidden keys out.
 
+On a CPU with a compiler, `compiled/attention.py` takes the place of both.
+
 A query at position p of document d sees keys at positions p-window+1..p of the same document (window None: all
 earlier ones). `attend` computes every score and masks; tests hold the other two to it. `attend_documents` runs each
 document as causal attention, half the scores; `attend_banded` costs O(T * window) instead of O(T^2).
@@ -68,6 +70,13 @@ def attend_documents(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, lengths: li
         y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
         outputs.append(y.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).view(q_BTHC.shape)
+
+
+def first_seen(segments_BT: Tensor, window: int | None) -> Tensor:
+    """Return the first row of its document and window that the query at each row sees (B, T), int32."""
+    rows_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    first_BT = torch.where(_starts(segments_BT), rows_T, 0).cummax(1).values
+    return (first_BT if window is None else first_BT.maximum(rows_T - window + 1)).int()
 
 
 def band_mask(positions_BT: Tensor, segments_BT: Tensor, window: int) -> Tensor:

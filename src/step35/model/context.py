@@ -15,6 +15,7 @@ from torch import Tensor
 
 from step35.config.model import LayerConfig
 from step35.model import attention_kernels as kernels
+from step35.model.compiled import attention as compiled
 from step35.model.rope import rope_table
 
 
@@ -97,6 +98,8 @@ class Context:
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
         """Attend under this pass's visibility rules; returns (B, T, H, C)."""
+        if compiled.fits(q_BTHC):
+            return compiled.attend_spans(q_BTHC, k_BTKC, v_BTKC, self._first(layer.window))
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
@@ -127,6 +130,13 @@ class Context:
         if window is not None and max(lengths, default=0) > window:
             return "banded" if tokens > kernels.band_width(window) else "packed"
         return "documents" if self.positions_BT.numel() >= max(1, kernels.SHORT_DOCUMENT * len(lengths)) else "packed"
+
+    def _first(self, window: int | None) -> Tensor:
+        """Return the first row that each query sees (B, T), int32."""
+        key = ("first", window)
+        if key not in self._memo:
+            self._memo[key] = kernels.first_seen(self.segments_BT, window)
+        return self._memo[key]
 
     def _lengths(self) -> list[int]:
         if "lengths" not in self._memo:

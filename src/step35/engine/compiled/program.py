@@ -11,13 +11,13 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from step35.engine.blocks import BLOCK_TOKENS
-from step35.engine.compiled.library import load_library
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.sampling import Scores
@@ -27,7 +27,9 @@ from step35.model.mlp import MLP
 from step35.model.mtp import MTPModule
 from step35.model.rope import inverse_frequencies
 from step35.model.step35 import Step35
+from step35.runtime.compiled import load_library
 
+SOURCE = Path(__file__).with_name("step.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK, MOST_GROUP, MOST_EXPERTS = 16, 64, 4096
@@ -114,7 +116,7 @@ class Program:
         """Return the model's compiled passes; None where they do not fit it, or cannot be compiled."""
         if not fits(model, cache):
             return None
-        library = load_library()
+        library = load_library(SOURCE, "decoding")
         return None if library is None else cls(library, model, cache)
 
     def trunk(self, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:

@@ -1,0 +1,1 @@
+"""What training and long prompts spend their time in, compiled for the CPU at first use (`kernels.cpp`)."""

@@ -1,0 +1,88 @@
+"""Attention by `kernels.cpp`: what `attention_kernels.attend` computes, with hidden keys left out, in one call."""
+
+# B batch  T tokens  H query heads  K kv heads  C head dim
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from step35.runtime.compiled import load_library
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CShape(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "kv_heads", "size")),
+        ("first", c_void_p),
+        ("threads", c_int32),
+    )
+
+
+class CHeads(Structure):
+    _fields_ = (("data", c_void_p), *((name, c_int64) for name in ("batch_step", "token_step", "head_step")))
+
+
+@lru_cache
+def kernels() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None where they cannot be built."""
+    library = load_library(SOURCE, "training")
+    if library is not None:
+        library.attend_forward.argtypes = POINTER(CShape), c_int, POINTER(CHeads), c_void_p
+        library.attend_backward.argtypes = library.attend_forward.argtypes
+    return library
+
+
+def fits(q_BTHC: Tensor) -> bool:
+    """Say whether `attend_spans` can attend with such queries: on the CPU, in fp32 or bf16, of 16 channels a vector."""
+    size_fits = q_BTHC.shape[-1] % 16 == 0 and q_BTHC.numel() > 0
+    return size_fits and q_BTHC.device.type == "cpu" and q_BTHC.dtype in DTYPES and kernels() is not None
+
+
+def attend_spans(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, first_BT: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(C)) v (B, T, H, C) over the keys at rows `first_BT` to t of the query at row t.
+
+    `first_BT` (int32) never falls within a row. bf16 is multiplied as such where the CPU can, and summed in fp32.
+    """
+    return AttendSpans.apply(q_BTHC, k_BTKC, v_BTKC, first_BT)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class AttendSpans(torch.autograd.Function):
+    """The forward pass keeps each query's log-sum-exp; the backward pass computes the scores again."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, first_BT: Tensor) -> Tensor:
+        q, k, v = (_inner(x) for x in (q_BTHC, k_BTKC, v_BTKC))
+        y_BTHC, sums_BHT = q.new_empty(q.shape), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        _call("attend_forward", (q, k, v, y_BTHC), sums_BHT, first_BT)
+        ctx.save_for_backward(q, k, v, y_BTHC, sums_BHT, first_BT)
+        return y_BTHC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, y, sums_BHT, first_BT = ctx.saved_tensors
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        _call("attend_backward", (q, k, v, y, _inner(grad_BTHC), *grads), sums_BHT, first_BT)
+        return *grads, None
+
+
+def _call(name: str, heads: tuple[Tensor, ...], sums_BHT: Tensor, first_BT: Tensor) -> None:
+    q, k = heads[:2]
+    shape = CShape(*q.shape[:3], *k.shape[2:], first_BT.data_ptr(), torch.get_num_threads())
+    views = (CHeads * len(heads))(*(CHeads(x.data_ptr(), *x.stride()[:3]) for x in heads))
+    getattr(kernels(), name)(byref(shape), int(q.dtype == torch.bfloat16), views, sums_BHT.data_ptr())
+
+
+def _inner(x_BTHC: Tensor) -> Tensor:
+    """Return x with a head's channels behind one another, copied where they are not."""
+    return x_BTHC if x_BTHC.stride(-1) == 1 else x_BTHC.contiguous()

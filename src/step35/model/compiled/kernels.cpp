@@ -1,0 +1,450 @@
+// Softmax attention over a span of keys for each query, forward and backward, on a CPU.
+//
+// The query at row t of a sequence sees the keys at rows first[t] to t, and `first` never falls: causal attention,
+// windows and packed documents, whose hidden keys cost nothing but the corners of blocks. Scores exist a block at a
+// time, as (keys, queries): what belongs to a query (maximum, sum, log-sum-exp) is then a vector over columns, and
+// nothing is ever summed across a vector. Sums are fp32, in an order that depends on shapes alone: the number of
+// threads changes no bit.
+//
+// B sequences, T rows, H query heads, K kv heads, C head dim. A unit is what one step of a product reads of a row: a
+// float, or two bf16 where the CPU multiplies such pairs; elsewhere bf16 tensors are computed in fp32.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#include <omp.h>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, SUMS = 16;  // vectors of sums that a tile of a product keeps in registers
+#else
+constexpr int LANES = 8, SUMS = 8;
+#endif
+constexpr int64_t KEYS = 64, QUERIES = 2 * LANES;  // rows and columns of a block of scores
+constexpr int64_t ROWS = 8;  // a part of a block has a multiple of so many; those too many are hidden
+constexpr float HIDDEN = -1e30f, LEAST = -1e20f;  // below LEAST, a score's weight is 0
+constexpr float LOG2_E = 1.4426950408889634f;
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t bf16;
+
+INLINE Floats load(const float* p) {
+    Floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE Ints load(const int32_t* p) {
+    Ints v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
+
+template <class V> INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+INLINE void narrow(float x, float& y) { y = x; }
+INLINE void narrow(float x, bf16& y) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// 2^x to 2e-7; 0 where that is no normal number. For x up to 127.
+INLINE Floats exp2(Floats x) {
+    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    Floats shifted = x + SHIFT, f = x - (shifted - SHIFT);
+    Floats p = f * 1.5403530393381609e-4f + 1.3333558146428443e-3f;  // the series of 2^f: ln(2)^k / k!
+    p = p * f + 9.6181291076284772e-3f;
+    p = p * f + 5.5504108664821580e-2f;
+    p = p * f + 2.4022650695910071e-1f;
+    p = p * f + 6.9314718055994531e-1f;
+    p = p * f + 1.0f;
+    Floats y = (Floats)((Ints)p + ((Ints)shifted << 23));
+    return x < -126.0f ? Floats{} : y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Units. A stored element is half a unit or a whole one.
+
+struct Single {
+    typedef float Unit;
+    typedef float Element;
+    static constexpr int WIDTH = 1;
+    template <class T> static INLINE Element element(T x) { return widen(x); }
+    static INLINE Floats add(Floats sum, Unit a, Floats b) { return sum + a * b; }
+    static INLINE void put(Element* p, Floats x) { store(p, x); }
+    static INLINE void put_neighbours(Unit* p, Floats x, Floats) { store(p, x); }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+    typedef uint32_t Unit;
+    typedef bf16 Element;
+    static constexpr int WIDTH = 2;
+    static INLINE Element element(bf16 x) { return x; }
+    static INLINE Floats add(Floats sum, Unit a, Floats b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    }
+    static INLINE void put(Element* p, Floats x) { store(p, _mm512_cvtneps_pbh((__m512)x)); }
+    static INLINE void put_neighbours(Unit* p, Floats x, Floats next) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)next));
+        store(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+};
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products: c (rows, columns) = a (rows, depth) b (depth, columns), or that added to c; a and b in units.
+
+template <class U, int HEIGHT, int COLS>
+INLINE void tile(const typename U::Unit* a, int64_t step_a, const typename U::Unit* b, int64_t step_b, float* c,
+                 int64_t step_c, int64_t depth, bool add) {
+    Floats sums[HEIGHT][COLS];
+#pragma GCC unroll 16
+    for (int i = 0; i < HEIGHT; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLS; j++) sums[i][j] = add ? load(c + i * step_c + j * LANES) : Floats{};
+    for (int64_t k = 0; k < depth; k++) {
+        Floats parts[COLS];
+#pragma GCC unroll 2
+        for (int j = 0; j < COLS; j++) parts[j] = load((const float*)(b + k * step_b + j * LANES));
+#pragma GCC unroll 16
+        for (int i = 0; i < HEIGHT; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < COLS; j++) sums[i][j] = U::add(sums[i][j], a[i * step_a + k], parts[j]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < HEIGHT; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLS; j++) store(c + i * step_c + j * LANES, sums[i][j]);
+}
+
+template <class U, int COLS>
+INLINE void stripe(int64_t rows, const typename U::Unit* a, int64_t step_a, const typename U::Unit* b, int64_t step_b,
+                   float* c, int64_t step_c, int64_t depth, bool add) {
+    constexpr int HEIGHT = std::min<int64_t>(ROWS, SUMS / COLS);
+    for (int64_t i = 0; i < rows; i += HEIGHT)
+        tile<U, HEIGHT, COLS>(a + i * step_a, step_a, b, step_b, c + i * step_c, step_c, depth, add);
+}
+
+template <class U>
+void product(int64_t rows, int64_t columns, const typename U::Unit* a, int64_t step_a, const typename U::Unit* b,
+             int64_t step_b, float* c, int64_t step_c, int64_t depth, bool add) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES)
+        stripe<U, 2>(rows, a, step_a, b + j, step_b, c + j, step_c, depth, add);
+    if (j < columns) stripe<U, 1>(rows, a, step_a, b + j, step_b, c + j, step_c, depth, add);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows of a head, copied in the orders that products read. Rows from `count` to `padded` are zeros.
+
+template <class U, class T, class Place>
+INLINE void pack(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, Place place) {
+    for (int64_t t0 = 0; t0 < padded; t0 += LANES)
+        for (int64_t c0 = 0; c0 < size; c0 += LANES)
+            for (int64_t t = t0; t < t0 + LANES; t++)
+                for (int64_t c = c0; c < c0 + LANES; c++)
+                    place(t, c) = t < count ? U::element(x[t * step + c]) : typename U::Element(0);
+}
+
+// A row's units hold its neighbouring channels: (T, C).
+template <class U, class T>
+void pack_rows(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
+    auto to = (typename U::Element*)out;
+    pack<U>(x, step, count, padded, size, [=](int64_t t, int64_t c) -> auto& { return to[t * size + c]; });
+}
+
+// The same units transposed within blocks of QUERIES: (blocks, C, QUERIES).
+template <class U, class T>
+void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
+    constexpr int64_t W = U::WIDTH, Q = QUERIES;
+    auto to = (typename U::Element*)out;
+    pack<U>(x, step, count, padded, size,
+            [=](int64_t t, int64_t c) -> auto& { return to[((t / Q * size + down(c, W)) * Q + t % Q * W) + c % W]; });
+}
+
+// A channel's units hold neighbouring rows, in blocks of KEYS: (blocks, C, KEYS).
+template <class U, class T>
+void pack_channels(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
+    auto to = (typename U::Element*)out;
+    pack<U>(x, step, count, padded, size,
+            [=](int64_t t, int64_t c) -> auto& { return to[(t / KEYS * size + c) * KEYS + t % KEYS]; });
+}
+
+// The same units transposed: (T, C).
+template <class U, class T>
+void pack_channels_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size,
+                          typename U::Unit* out) {
+    constexpr int64_t W = U::WIDTH;
+    auto to = (typename U::Element*)out;
+    pack<U>(x, step, count, padded, size,
+            [=](int64_t t, int64_t c) -> auto& { return to[down(t, W) * size + c * W + t % W]; });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention.
+
+struct Shape {
+    int64_t batch, tokens, heads, kv_heads, size;
+    const int32_t* first;  // (B, T)
+    int32_t threads;
+};
+
+struct Heads {  // (B, T, heads, C); steps in elements, a head's channels lie behind one another
+    void* data;
+    int64_t batch_step, token_step, head_step;
+    template <class T> T* at(int64_t b, int64_t head) const { return (T*)data + b * batch_step + head * head_step; }
+};
+
+template <class T> struct Memory {
+    std::unique_ptr<T[]> owned;
+    explicit Memory(int64_t count) : owned(new T[count]) {}
+    operator T*() const { return owned.get(); }
+};
+
+INLINE Ints counted(int64_t from) {
+    Ints v;
+    for (int i = 0; i < LANES; i++) v[i] = from + i;
+    return v;
+}
+
+// The first row that each query of a block sees; queries behind the last see nothing.
+void block_firsts(const Shape& s, int64_t b, int64_t q0, int32_t* firsts) {
+    for (int64_t i = 0; i < QUERIES; i++)
+        firsts[i] = q0 + i < s.tokens ? s.first[b * s.tokens + q0 + i] : INT32_MAX;
+}
+
+// Hides the scores (rows r0 and on, queries q0 and on) of keys that a query does not see.
+void hide(const Shape& s, const int32_t* firsts, int64_t q0, int64_t r0, int64_t rows, float* scores) {
+    if (q0 + QUERIES <= s.tokens && firsts[QUERIES - 1] <= r0 && r0 + rows <= q0 + 1) return;  // all are seen
+    for (int64_t j = 0; j < QUERIES; j += LANES) {
+        Ints first = load(firsts + j), query = counted(q0 + j);
+        for (int64_t r = 0; r < rows; r++) {
+            float* p = scores + r * QUERIES + j;
+            Ints row = Ints{} + int32_t(r0 + r);
+            store(p, (first <= row) & (row <= query) ? load(p) : Floats{} + HIDDEN);
+        }
+    }
+}
+
+template <class U, class T>
+void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse) {
+    typedef typename U::Unit Unit;
+    constexpr int64_t W = U::WIDTH, Q = QUERIES;
+    const int64_t C = s.size, D = C / W;  // D: a row's units
+    const int64_t group = s.heads / s.kv_heads, padded = up(s.tokens, KEYS), blocks = up(s.tokens, Q) / Q;
+    const float scale = LOG2_E / std::sqrt(float(C));
+    Memory<Unit> keys(s.batch * s.kv_heads * padded * D), values(s.batch * s.kv_heads * padded * D);
+#pragma omp parallel num_threads(s.threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s.batch * s.kv_heads; i++) {
+            int64_t b = i / s.kv_heads, head = i % s.kv_heads;
+            pack_rows<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys + i * padded * D);
+            pack_channels<U>(v.at<T>(b, head), v.token_step, s.tokens, padded, C, values + i * padded * D);
+        }
+        Memory<Unit> query(D * Q), weights(KEYS / W * Q);
+        Memory<float> scores(KEYS * Q), sums(C * Q);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < s.batch * s.heads * blocks; item++) {
+            int64_t b = item / (s.heads * blocks), head = item / blocks % s.heads;
+            int64_t q0 = (blocks - 1 - item % blocks) * Q, count = std::min(Q, s.tokens - q0);  // the longest first
+            const Unit *k_head = keys + (b * s.kv_heads + head / group) * padded * D;
+            const Unit *v_head = values + (b * s.kv_heads + head / group) * padded * D;
+            int32_t firsts[Q];
+            float top[Q], total[Q], shrink[Q];
+            block_firsts(s, b, q0, firsts);
+            pack_rows_across<U>(q.at<T>(b, head) + q0 * q.token_step, q.token_step, count, Q, C, query);
+            std::fill_n(top, Q, LEAST);
+            std::fill_n(total, Q, 0.0f);
+            std::fill_n((float*)sums, C * Q, 0.0f);
+            const int64_t end = up(q0 + count, ROWS);
+            for (int64_t r0 = down(firsts[0], ROWS), next; r0 < end; r0 = next) {
+                next = std::min(down(r0, KEYS) + KEYS, end);
+                int64_t rows = next - r0;
+                product<U>(rows, Q, k_head + r0 * D, D, query, Q, scores, Q, D, false);
+                hide(s, firsts, q0, r0, rows, scores);
+                bool shrinks = false;
+                for (int64_t j = 0; j < Q; j += LANES) {
+                    Floats before = load(top + j), most = before;
+                    for (int64_t r = 0; r < rows; r++) {
+                        Floats x = load(scores + r * Q + j);
+                        most = x > most ? x : most;
+                    }
+                    Floats less = exp2((before - most) * scale), sum = load(total + j) * less;
+                    for (int64_t r = 0; r < rows; r += W) {
+                        Floats weight[2];
+                        for (int i = 0; i < W; i++) {
+                            weight[i] = exp2((load(scores + (r + i) * Q + j) - most) * scale);
+                            sum += weight[i];
+                        }
+                        U::put_neighbours(weights + r / W * Q + j, weight[0], weight[1]);
+                    }
+                    store(top + j, most);
+                    store(total + j, sum);
+                    store(shrink + j, less);
+                    for (int i = 0; i < LANES; i++) shrinks |= less[i] != 1.0f;
+                }
+                if (shrinks)
+                    for (int64_t c = 0; c < C; c++)
+                        for (int64_t j = 0; j < Q; j += LANES)
+                            store(sums + c * Q + j, load(sums + c * Q + j) * load(shrink + j));
+                const Unit* block = v_head + (down(r0, KEYS) * C + r0 % KEYS) / W;
+                product<U>(C, Q, block, KEYS / W, weights, Q, sums, Q, rows / W, true);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                T* y = out.at<T>(b, head) + (q0 + i) * out.token_step;
+                float share = 1.0f / total[i];
+                for (int64_t c = 0; c < C; c++) narrow(sums[c * Q + i] * share, y[c]);
+                lse[(b * s.heads + head) * s.tokens + q0 + i] = top[i] * scale + std::log2(total[i]);
+            }
+        }
+    }
+}
+
+// With S = q k^T / sqrt(C), P = exp(S - log-sum-exp) and d = dy . y of each query:
+//   dv = P^T dy    dS = P (dy v^T - d)    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
+template <class U, class T>
+void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* lse,
+              const Heads& grad, const Heads& grad_q, const Heads& grad_k, const Heads& grad_v) {
+    typedef typename U::Unit Unit;
+    typedef typename U::Element Element;
+    constexpr int64_t W = U::WIDTH, Q = QUERIES;
+    const int64_t C = s.size, D = C / W, group = s.heads / s.kv_heads, padded = up(s.tokens, KEYS);
+    const float root = 1.0f / std::sqrt(float(C)), scale = LOG2_E * root;
+    const int64_t kv_units = s.batch * s.kv_heads * padded * D, parts = s.batch * s.heads * padded * C;
+    Memory<Unit> keys(kv_units), keys_across(kv_units), values(kv_units);
+    Memory<float> part_k(parts), part_v(parts);  // of each query head; summed over its group at the end
+#pragma omp parallel num_threads(s.threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s.batch * s.kv_heads; i++) {
+            int64_t b = i / s.kv_heads, head = i % s.kv_heads;
+            pack_rows<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys + i * padded * D);
+            pack_channels<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys_across + i * padded * D);
+            pack_rows<U>(v.at<T>(b, head), v.token_step, s.tokens, padded, C, values + i * padded * D);
+        }
+        Memory<Unit> query(padded * D), query_across(padded * D), dy(padded * D), dy_across(padded * D);
+        Memory<Unit> weights(KEYS * Q / W), slopes(KEYS * Q / W), slopes_across(KEYS * Q / W);
+        Memory<float> scores(KEYS * Q), inner(KEYS * Q), sums_q(padded * C), log_sums(padded), dots(padded);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < s.batch * s.heads; item++) {
+            int64_t b = item / s.heads, head = item % s.heads, kv = b * s.kv_heads + head / group;
+            const Unit *k_head = keys + kv * padded * D, *k_head_across = keys_across + kv * padded * D;
+            const Unit* v_head = values + kv * padded * D;
+            const T *q_rows = q.at<T>(b, head), *y_rows = out.at<T>(b, head), *dy_rows = grad.at<T>(b, head);
+            pack_rows_across<U>(q_rows, q.token_step, s.tokens, padded, C, query);
+            pack_channels_across<U>(q_rows, q.token_step, s.tokens, padded, C, query_across);
+            pack_rows_across<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy);
+            pack_channels_across<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy_across);
+            std::fill_n((float*)log_sums, padded, 0.0f);
+            std::fill_n((float*)dots, padded, 0.0f);
+            std::copy_n(lse + item * s.tokens, s.tokens, (float*)log_sums);
+            for (int64_t t = 0; t < s.tokens; t++)
+                for (int64_t c = 0; c < C; c++)
+                    dots[t] += widen(dy_rows[t * grad.token_step + c]) * widen(y_rows[t * out.token_step + c]);
+            std::fill_n((float*)sums_q, padded * C, 0.0f);
+            const int32_t* first = s.first + b * s.tokens;
+            for (int64_t k0 = 0; k0 < s.tokens; k0 += KEYS) {
+                float *sums_k = part_k + (item * padded + k0) * C, *sums_v = part_v + (item * padded + k0) * C;
+                std::fill_n(sums_k, KEYS * C, 0.0f);
+                std::fill_n(sums_v, KEYS * C, 0.0f);
+                const int64_t k1 = std::min(k0 + KEYS, s.tokens);
+                const int64_t until = std::upper_bound(first, first + s.tokens, int32_t(k1 - 1)) - first;
+                for (int64_t q0 = k0; q0 < until; q0 += Q) {
+                    int32_t firsts[Q];
+                    block_firsts(s, b, q0, firsts);
+                    int64_t r0 = std::max(k0, down(firsts[0], ROWS)), rows = up(std::min(k1, q0 + Q), ROWS) - r0;
+                    if (rows <= 0) continue;
+                    product<U>(rows, Q, k_head + r0 * D, D, query + q0 * D, Q, scores, Q, D, false);
+                    product<U>(rows, Q, v_head + r0 * D, D, dy + q0 * D, Q, inner, Q, D, false);
+                    hide(s, firsts, q0, r0, rows, scores);
+                    for (int64_t j = 0; j < Q; j += LANES) {
+                        Floats log_sum = load(log_sums + q0 + j), dot = load(dots + q0 + j);
+                        for (int64_t r = 0; r < rows; r += W) {
+                            Floats slope[2];
+                            for (int i = 0; i < W; i++) {
+                                Floats weight = exp2(load(scores + (r + i) * Q + j) * scale - log_sum);
+                                slope[i] = weight * (load(inner + (r + i) * Q + j) - dot);
+                                U::put((Element*)(Unit*)weights + (r + i) * Q + j, weight);
+                                U::put((Element*)(Unit*)slopes + (r + i) * Q + j, slope[i]);
+                            }
+                            U::put_neighbours(slopes_across + r / W * Q + j, slope[0], slope[1]);
+                        }
+                    }
+                    const int64_t at = (r0 - k0) * C;
+                    product<U>(rows, C, weights, Q / W, dy_across + q0 * D, C, sums_v + at, C, Q / W, true);
+                    product<U>(rows, C, slopes, Q / W, query_across + q0 * D, C, sums_k + at, C, Q / W, true);
+                    product<U>(C, Q, k_head_across + (k0 * C + r0 - k0) / W, KEYS / W, slopes_across, Q,
+                               sums_q + q0 * C, Q, rows / W, true);
+                }
+            }
+            for (int64_t t = 0; t < s.tokens; t++) {
+                T* y = grad_q.at<T>(b, head) + t * grad_q.token_step;
+                for (int64_t c = 0; c < C; c++) narrow(sums_q[down(t, Q) * C + c * Q + t % Q] * root, y[c]);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < s.batch * s.kv_heads * s.tokens; i++) {
+            int64_t t = i % s.tokens, kv = i / s.tokens, b = kv / s.kv_heads, head = kv % s.kv_heads;
+            T* to_k = grad_k.at<T>(b, head) + t * grad_k.token_step;
+            T* to_v = grad_v.at<T>(b, head) + t * grad_v.token_step;
+            for (int64_t c = 0; c < C; c++) {
+                float sum_k = 0, sum_v = 0;
+                for (int64_t g = 0; g < group; g++) {
+                    int64_t from = ((b * s.heads + head * group + g) * padded + t) * C + c;
+                    sum_k += part_k[from];
+                    sum_v += part_v[from];
+                }
+                narrow(sum_k * root, to_k[c]);
+                narrow(sum_v, to_v[c]);
+            }
+        }
+    }
+}
+
+#ifdef __AVX512BF16__
+typedef Pair BF16;
+#else
+typedef Single BF16;
+#endif
+
+}  // namespace
+
+extern "C" {
+
+int lanes() { return LANES; }
+
+void attend_forward(const Shape* s, int is_bf16, const Heads* x, float* lse) {  // q, k, v, out
+    if (is_bf16) forward<BF16, bf16>(*s, x[0], x[1], x[2], x[3], lse);
+    else forward<Single, float>(*s, x[0], x[1], x[2], x[3], lse);
+}
+
+void attend_backward(const Shape* s, int is_bf16, const Heads* x, const float* lse) {  // ..., dout, dq, dk, dv
+    if (is_bf16) backward<BF16, bf16>(*s, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
+    else backward<Single, float>(*s, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
+}
+}
