@@ -14,6 +14,7 @@ from pathlib import Path
 
 from step35.runtime.machine import cpu_flags, cpu_model
 
+HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
 SWITCH = "STEP35_COMPILED"
 """Environment variable; 0 keeps everything in torch."""
@@ -48,14 +49,21 @@ def find_compiler() -> str | None:
 def build(compiler: str, source: Path) -> Path:
     """Return the shared library, built unless source, compiler, flags and CPU are those of an earlier build."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [source.read_text(encoding="utf-8"), version, *FLAGS, cpu_model(), *sorted(cpu_flags())]
+    parts = [
+        source.read_text(encoding="utf-8"),
+        HEADER.read_text(encoding="utf-8"),
+        version,
+        *FLAGS,
+        cpu_model(),
+        *sorted(cpu_flags()),
+    ]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [compiler, *FLAGS, str(source), "-o", str(made)]
+            command = [compiler, *FLAGS, "-I", str(HEADER.parent), str(source), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(target)  # whole or not at all, whoever else builds it
     return target

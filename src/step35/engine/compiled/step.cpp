@@ -6,22 +6,17 @@
 //
 // Names as in `step35/model`: N rows, D model, H query heads, K kv heads, C head dim, I expert hidden.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #include <omp.h>
 #ifdef __linux__
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include "vectors.h"
 
 namespace {
 
@@ -88,152 +83,11 @@ struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many co
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Vectors of floats, and the three types that weights may have.
+// Rows of floats, and the types that weights may have.
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, TILE_OUTS = 4;
-#else
-constexpr int LANES = 8, TILE_OUTS = 2;
-#endif
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_ROWS = 4, TILE_OUTS = LANES / 4;
 constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
 constexpr int BLOCK = 16;  // tokens of a cache block
-#define INLINE inline __attribute__((always_inline))
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef uint16_t bf16;
-
-INLINE Floats load(const float* p) {
-    Floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-#ifdef __AVX512F__  // what follows, but in one instruction a step, which GCC 12 does not find
-INLINE Floats load(const bf16* p) {
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-}
-
-INLINE Floats load(const int8_t* p) {
-    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
-#else
-INLINE Floats load(const bf16* p) {
-    Halves v;
-    memcpy(&v, p, sizeof v);
-    return (Floats)(__builtin_convertvector(v, Words) << 16);
-}
-
-INLINE Floats load(const int8_t* p) {
-    Bytes v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
-}
-#endif
-
-template <class T> INLINE Floats load_some(const T* p, int64_t count) {
-    T padded[LANES] = {};
-    memcpy(padded, p, count * sizeof(T));
-    return load(padded);
-}
-
-struct Places {
-    int32_t of[LANES];
-};
-
-// Places of {a0, b0, a1, b1, ...} in a vector a and a vector b behind it, a first place later.
-constexpr Places interleaved(int first) {
-    Places places{};
-    for (int i = 0; i < LANES; i++) places.of[i] = first + i / 2 + i % 2 * LANES;
-    return places;
-}
-
-constexpr Places rotated(int by) {
-    Places places{};
-    for (int i = 0; i < LANES; i++) places.of[i] = (i + by) % LANES;
-    return places;
-}
-
-INLINE Ints as_vector(const Places& places) {
-    Ints v;
-    memcpy(&v, &places, sizeof v);
-    return v;
-}
-
-// Of a and b in turn, each element plus the one half a vector behind it.
-INLINE Floats fold(Floats a, Floats b) {
-    static constexpr Places low = interleaved(0), high = interleaved(LANES / 2);
-    return __builtin_shuffle(a, b, as_vector(low)) + __builtin_shuffle(a, b, as_vector(high));
-}
-
-// Combines elements that are SHIFT apart, then SHIFT / 2, down to LEAST.
-template <int SHIFT, int LEAST, class F> INLINE Floats combine(Floats v, F with) {
-    if constexpr (SHIFT >= LEAST && SHIFT > 0) {
-        static constexpr Places behind = rotated(SHIFT);
-        return combine<SHIFT / 2, LEAST>(with(v, Floats(__builtin_shuffle(v, as_vector(behind)))), with);
-    }
-    return v;
-}
-
-// The sum of the elements of each of COUNT vectors (a power of two, at most LANES) is left in v[0], one behind the
-// other. The order of additions within a vector is the same whatever COUNT is.
-template <int COUNT> INLINE void sum(Floats* v) {
-#pragma GCC unroll 8
-    for (int half = COUNT / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++) v[i] = fold(v[i], v[i + half]);
-    v[0] = combine<LANES / 2, COUNT>(v[0], [](Floats a, Floats b) { return a + b; });
-}
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-inline float widen(int8_t x) { return x; }
-
-inline void narrow(float x, float* y) { *y = x; }
-inline void narrow(float x, bf16* y) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    *y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
-template <class T> INLINE T smaller(T a, T b) { return a < b ? a : b; }
-template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
-
-// e^x to 2e-7, without a branch; of a float or of a vector.
-template <class T, class Bits> INLINE T exponential_of(T x) {
-    x = smaller(larger(x, T{} - 87.0f), T{} + 88.0f);
-    T n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
-    Bits power;
-    memcpy(&power, &n, sizeof n);
-    n -= 12582912.0f;
-    T r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    T p = r * 1.9875691e-4f + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665796e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    Bits bits = (power + 127) << 23;
-    T scale;
-    memcpy(&scale, &bits, sizeof bits);
-    return p * scale;
-}
-
-INLINE float exponential(float x) { return exponential_of<float, int32_t>(x); }
-INLINE Floats exponential(Floats x) { return exponential_of<Floats, Ints>(x); }
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-INLINE float largest(Floats v) { return combine<LANES / 2, 1>(v, [](Floats a, Floats b) { return larger(a, b); })[0]; }
 
 inline float largest(const float* y, int64_t size) {
     Floats most = Floats{} - INFINITY;

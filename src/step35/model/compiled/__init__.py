@@ -1,1 +1,1 @@
-"""What training and long prompts spend their time in, compiled for the CPU at first use (`kernels.cpp`)."""
+"""What training and long prompts spend their time in beside matrix products, compiled for the CPU at first use."""

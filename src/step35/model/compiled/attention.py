@@ -1,4 +1,4 @@
-"""Attention by `kernels.cpp`: what `attention_kernels.attend` computes, with hidden keys left out, in one call."""
+"""Attention by `attention.cpp`: what `attention_kernels.attend` computes, with hidden keys left out, in one call."""
 
 # B batch  T tokens  H query heads  K kv heads  C head dim
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from step35.runtime.compiled import load_library
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("attention.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -9,40 +9,19 @@
 // B sequences, T rows, H query heads, K kv heads, C head dim. A unit is what one step of a product reads of a row: a
 // float, or two bf16 where the CPU multiplies such pairs; elsewhere bf16 tensors are computed in fp32.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #include <omp.h>
 
-#define INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, SUMS = 16;  // vectors of sums that a tile of a product keeps in registers
-#else
-constexpr int LANES = 8, SUMS = 8;
-#endif
+constexpr int SUMS = LANES;  // vectors of sums that a tile of a product keeps in registers
 constexpr int64_t KEYS = 64, QUERIES = 2 * LANES;  // rows and columns of a block of scores
 constexpr int64_t ROWS = 8;  // a part of a block has a multiple of so many; those too many are hidden
 constexpr float HIDDEN = -1e30f, LEAST = -1e20f;  // below LEAST, a score's weight is 0
 constexpr float LOG2_E = 1.4426950408889634f;
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint16_t bf16;
-
-INLINE Floats load(const float* p) {
-    Floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 INLINE Ints load(const int32_t* p) {
     Ints v;
@@ -50,25 +29,10 @@ INLINE Ints load(const int32_t* p) {
     return v;
 }
 
-INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
-
 template <class V> INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
 
-INLINE float widen(float x) { return x; }
-INLINE float widen(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-INLINE void narrow(float x, float& y) { y = x; }
-INLINE void narrow(float x, bf16& y) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
+INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
 
 // 2^x to 2e-7; 0 where that is no normal number. For x up to 127.
 INLINE Floats exp2(Floats x) {
@@ -318,7 +282,7 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
             for (int64_t i = 0; i < count; i++) {
                 T* y = out.at<T>(b, head) + (q0 + i) * out.token_step;
                 float share = 1.0f / total[i];
-                for (int64_t c = 0; c < C; c++) narrow(sums[c * Q + i] * share, y[c]);
+                for (int64_t c = 0; c < C; c++) narrow(sums[c * Q + i] * share, &y[c]);
                 lse[(b * s.heads + head) * s.tokens + q0 + i] = top[i] * scale + std::log2(total[i]);
             }
         }
@@ -404,7 +368,7 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             }
             for (int64_t t = 0; t < s.tokens; t++) {
                 T* y = grad_q.at<T>(b, head) + t * grad_q.token_step;
-                for (int64_t c = 0; c < C; c++) narrow(sums_q[down(t, Q) * C + c * Q + t % Q] * root, y[c]);
+                for (int64_t c = 0; c < C; c++) narrow(sums_q[down(t, Q) * C + c * Q + t % Q] * root, &y[c]);
             }
         }
 #pragma omp for schedule(static)
@@ -419,8 +383,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     sum_k += part_k[from];
                     sum_v += part_v[from];
                 }
-                narrow(sum_k * root, to_k[c]);
-                narrow(sum_v, to_v[c]);
+                narrow(sum_k * root, &to_k[c]);
+                narrow(sum_v, &to_v[c]);
             }
         }
     }
