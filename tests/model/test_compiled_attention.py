@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from step35.model import attention_kernels as plain
-from step35.model.compiled import attention as compiled
+from step35.model.compiled import library
+from step35.model.compiled.attention import attend_spans
 from step35.model.context import Context
 from step35.runtime.compiled import find_compiler
 
@@ -41,8 +42,8 @@ def run(qkv: Tensor, query: int, segments: Tensor, window: int | None, reference
         mask = plain.visible(positions, positions, window) & plain.same_document(*2 * [plain.documents(segments)])
         y = plain.attend(q, k, v, mask)
     else:
-        assert compiled.fits(q)
-        y = compiled.attend_spans(q, k, v, plain.first_seen(segments, window))
+        assert library.fits(q)
+        y = attend_spans(q, k, v, plain.first_seen(segments, window))
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     y.backward(direction.to(y.dtype))
     return [y.detach(), qkv.grad]
@@ -100,16 +101,16 @@ def test_neither_threads_nor_neighbours_change_a_bit(dtype: torch.dtype) -> None
         torch.set_num_threads(threads)
         results.append(run(qkv, 6, segments, 40, reference=False))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    y = compiled.attend_spans(*qkv[1:2].split([6, 2, 2], dim=2), plain.first_seen(segments[1:2], 40))
+    y = attend_spans(*qkv[1:2].split([6, 2, 2], dim=2), plain.first_seen(segments[1:2], 40))
     assert torch.equal(y, results[0][0][1:2])
 
 
 def test_hidden_keys_change_nothing() -> None:
     qkv = heads(1, 100, 2, 1, 16, torch.float32)
     first = plain.first_seen(torch.zeros(1, 100, dtype=torch.long), 20)
-    before = compiled.attend_spans(*qkv.split([2, 1, 1], dim=2), first)
+    before = attend_spans(*qkv.split([2, 1, 1], dim=2), first)
     qkv[:, 40, 2:] = 1e30  # key and value
-    after = compiled.attend_spans(*qkv.split([2, 1, 1], dim=2), first)
+    after = attend_spans(*qkv.split([2, 1, 1], dim=2), first)
     rows = torch.arange(100)
     assert torch.equal(((before != after).any(-1).any(-1))[0], (rows >= 40) & (rows < 60))
 
@@ -122,12 +123,12 @@ def test_the_first_row_seen_is_the_later_of_document_and_window() -> None:
 
 def test_what_does_not_fit_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     q = heads(1, 8, 2, 1, 16, torch.float32)[:, :, :2]
-    assert compiled.fits(q)
-    assert not compiled.fits(q.double())
-    assert not compiled.fits(q[..., :8])
-    assert not compiled.fits(q[:, :0])
-    monkeypatch.setattr(compiled, "kernels", lambda: None)
-    assert not compiled.fits(q)
+    assert library.fits(q)
+    assert not library.fits(q.double())
+    assert not library.fits(q[..., :8])
+    assert not library.fits(q[:, :0])
+    monkeypatch.setattr(library, "libraries", lambda: None)
+    assert not library.fits(q)
 
 
 @pytest.mark.parametrize("sliding", [False, True])
@@ -140,5 +141,5 @@ def test_a_layer_gives_the_same_with_and_without_the_compiler(
     segments[:, 30:] = 1
     context = Context.packed(torch.zeros(2, 50, dtype=torch.long), segments)
     ours = attention(x, context)
-    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    monkeypatch.setattr(library, "libraries", lambda: None)
     torch.testing.assert_close(ours, attention(x, context), rtol=1e-5, atol=1e-6)

@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from step35.engine.compiled.program import SOURCE as DECODING
-    from step35.model.compiled.attention import SOURCE as TRAINING
+    from step35.model.compiled.library import libraries
     from step35.runtime.compiled import load_library
     from step35.runtime.device import compute_dtype, pick_device, set_threads
 
@@ -83,7 +83,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "compiler": next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None),
         "compiled_decoding": load_library(DECODING, "decoding") is not None,
-        "compiled_training": load_library(TRAINING, "training") is not None,
+        "compiled_training": libraries() is not None,
         "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
         "extras": _extras(),
         "presets": _presets(memory, run_bytes=4),  # the verbs load fp32, on the CPU

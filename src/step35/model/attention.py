@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from step35.config.model import LayerConfig
+from step35.model.compiled.library import MOST_HEAD, fits
+from step35.model.compiled.pointwise import Gate, NormTurn
 from step35.model.context import Context
 from step35.model.linear import Linear
 from step35.model.norm import RMSNorm, rms_norm
@@ -33,13 +35,28 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         layer = self.layer
         heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, layer.head_dim))
+        q, k, v = self._normed_and_turned(heads, *context.rope(layer, x_BTD.dtype))
+        y_BTHC = context.attend(layer, q, k, v)
+        gate_BTH = self.gate_proj(x_BTD)
+        if context.observer is not None:
+            context.observer.attention(layer, context, q.detach(), k.detach(), gate_BTH.detach().sigmoid())
+        return self.o_proj(gate(y_BTHC, gate_BTH).flatten(-2))
+
+    def _normed_and_turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, normed and rotated, and values of packed heads (B, T, H + 2 K, C)."""
+        layer, eps = self.layer, self.q_norm.eps
+        if fits(heads) and layer.head_dim <= MOST_HEAD:
+            weights = 1.0 + self.q_norm.weight.float(), 1.0 + self.k_norm.weight.float()
+            return NormTurn.apply(heads, *weights, cos, sin, layer.heads, eps)  # type: ignore[no-untyped-call]
         qk, v = heads.split([layer.heads + layer.kv_heads, layer.kv_heads], dim=-2)
         # Query and key heads are normed and rotated as one tensor: half the small operations of doing it twice.
         rows = [self.q_norm.weight.expand(layer.heads, -1), self.k_norm.weight.expand(layer.kv_heads, -1)]
-        qk = rotate(rms_norm(qk, torch.cat(rows), self.q_norm.eps), *context.rope(layer, x_BTD.dtype))
-        q, k = qk.split([layer.heads, layer.kv_heads], dim=-2)
-        y_BTHC = context.attend(layer, q, k, v)
-        gate_BTH = torch.sigmoid(self.gate_proj(x_BTD))
-        if context.observer is not None:
-            context.observer.attention(layer, context, q.detach(), k.detach(), gate_BTH.detach())
-        return self.o_proj((y_BTHC * gate_BTH[..., None]).flatten(-2))
+        q, k = rotate(rms_norm(qk, torch.cat(rows), eps), cos, sin).split([layer.heads, layer.kv_heads], dim=-2)
+        return q, k, v
+
+
+def gate(y_BTHC: Tensor, gate_BTH: Tensor) -> Tensor:
+    """Return each head's output times the sigmoid of its gate."""
+    if fits(y_BTHC):
+        return Gate.apply(y_BTHC, gate_BTH)  # type: ignore[no-any-return,no-untyped-call]
+    return y_BTHC * torch.sigmoid(gate_BTH)[..., None]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from step35.config.model import LayerConfig
 from step35.model import attention_kernels as kernels
-from step35.model.compiled import attention as compiled
+from step35.model.compiled.attention import attend_spans
+from step35.model.compiled.library import fits
 from step35.model.rope import rope_table
 
 
@@ -98,8 +99,8 @@ class Context:
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
         """Attend under this pass's visibility rules; returns (B, T, H, C)."""
-        if compiled.fits(q_BTHC):
-            return compiled.attend_spans(q_BTHC, k_BTKC, v_BTKC, self._first(layer.window))
+        if fits(q_BTHC):
+            return attend_spans(q_BTHC, k_BTKC, v_BTKC, self._first(layer.window))
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step35.model.compiled.library import fits
+from step35.model.compiled.pointwise import SwiGLU
 from step35.model.linear import Linear
 
 
@@ -16,6 +18,8 @@ def swiglu(gate_up: Tensor, clip: float) -> Tensor:
     With clip > 0 the gate is clamped after SiLU, from above only, and up on both sides. This bounds an expert's
     output whatever its weights do: the adopted remedy against local activation blow-up (section 4.1, third).
     """
+    if fits(gate_up[..., : gate_up.shape[-1] // 2]):
+        return SwiGLU.apply(gate_up, clip)  # type: ignore[no-any-return,no-untyped-call]
     gate, up = gate_up.chunk(2, dim=-1)
     gate = F.silu(gate)
     if clip > 0:

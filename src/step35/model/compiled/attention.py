@@ -4,20 +4,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import POINTER, Structure, byref, c_int, c_int32, c_int64, c_void_p
-from functools import lru_cache
-from pathlib import Path
+from ctypes import Structure, byref, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step35.runtime.compiled import load_library
-
-SOURCE = Path(__file__).with_name("attention.cpp")
-DTYPES = (torch.float32, torch.bfloat16)
+from step35.model.compiled.library import libraries
 
 
 class CShape(Structure):
@@ -30,22 +24,6 @@ class CShape(Structure):
 
 class CHeads(Structure):
     _fields_ = (("data", c_void_p), *((name, c_int64) for name in ("batch_step", "token_step", "head_step")))
-
-
-@lru_cache
-def kernels() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None where they cannot be built."""
-    library = load_library(SOURCE, "training")
-    if library is not None:
-        library.attend_forward.argtypes = POINTER(CShape), c_int, POINTER(CHeads), c_void_p
-        library.attend_backward.argtypes = library.attend_forward.argtypes
-    return library
-
-
-def fits(q_BTHC: Tensor) -> bool:
-    """Say whether `attend_spans` can attend with such queries: on the CPU, in fp32 or bf16, of 16 channels a vector."""
-    size_fits = q_BTHC.shape[-1] % 16 == 0 and q_BTHC.numel() > 0
-    return size_fits and q_BTHC.device.type == "cpu" and q_BTHC.dtype in DTYPES and kernels() is not None
 
 
 def attend_spans(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, first_BT: Tensor) -> Tensor:
@@ -80,7 +58,9 @@ def _call(name: str, heads: tuple[Tensor, ...], sums_BHT: Tensor, first_BT: Tens
     q, k = heads[:2]
     shape = CShape(*q.shape[:3], *k.shape[2:], first_BT.data_ptr(), torch.get_num_threads())
     views = (CHeads * len(heads))(*(CHeads(x.data_ptr(), *x.stride()[:3]) for x in heads))
-    getattr(kernels(), name)(byref(shape), int(q.dtype == torch.bfloat16), views, sums_BHT.data_ptr())
+    library = libraries()
+    assert library is not None
+    getattr(library[0], name)(byref(shape), c_int(q.dtype == torch.bfloat16), views, c_void_p(sums_BHT.data_ptr()))
 
 
 def _inner(x_BTHC: Tensor) -> Tensor:
