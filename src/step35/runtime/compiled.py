@@ -49,14 +49,8 @@ def find_compiler() -> str | None:
 def build(compiler: str, source: Path) -> Path:
     """Return the shared library, built unless source, compiler, flags and CPU are those of an earlier build."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [
-        source.read_text(encoding="utf-8"),
-        HEADER.read_text(encoding="utf-8"),
-        version,
-        *FLAGS,
-        cpu_model(),
-        *sorted(cpu_flags()),
-    ]
+    texts = [path.read_text(encoding="utf-8") for path in (source, HEADER, *sorted(source.parent.glob("*.h")))]
+    parts = [*texts, version, *FLAGS, cpu_model(), *sorted(cpu_flags())]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{name}.so"
     if not target.exists():

@@ -125,6 +125,19 @@ inline void narrow(float x, bf16* y) {  // to nearest, ties to even; NaN stays N
     *y = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
+INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+#ifdef __AVX512BF16__
+INLINE void store(bf16* p, Floats v) {
+    auto halves = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &halves, sizeof halves);
+}
+#else
+INLINE void store(bf16* p, Floats v) {
+    for (int i = 0; i < LANES; i++) narrow(v[i], p + i);
+}
+#endif
+
 template <class T> INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
 

@@ -6,20 +6,15 @@
 // nothing is ever summed across a vector. Sums are fp32, in an order that depends on shapes alone: the number of
 // threads changes no bit.
 //
-// B sequences, T rows, H query heads, K kv heads, C head dim. A unit is what one step of a product reads of a row: a
-// float, or two bf16 where the CPU multiplies such pairs; elsewhere bf16 tensors are computed in fp32.
-
-#include <memory>
+// B sequences, T rows, H query heads, K kv heads, C head dim.
 
 #include <omp.h>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
-constexpr int SUMS = LANES;  // vectors of sums that a tile of a product keeps in registers
-constexpr int64_t KEYS = 64, QUERIES = 2 * LANES;  // rows and columns of a block of scores
-constexpr int64_t ROWS = 8;  // a part of a block has a multiple of so many; those too many are hidden
+constexpr int64_t KEYS = 64, QUERIES = COLUMNS;  // rows and columns of a block of scores; rows too many are hidden
 constexpr float HIDDEN = -1e30f, LEAST = -1e20f;  // below LEAST, a score's weight is 0
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -28,11 +23,6 @@ INLINE Ints load(const int32_t* p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-
-template <class V> INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
-
-INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
 
 // 2^x to 2e-7; 0 where that is no normal number. For x up to 127.
 INLINE Floats exp2(Floats x) {
@@ -49,126 +39,6 @@ INLINE Floats exp2(Floats x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Units. A stored element is half a unit or a whole one.
-
-struct Single {
-    typedef float Unit;
-    typedef float Element;
-    static constexpr int WIDTH = 1;
-    template <class T> static INLINE Element element(T x) { return widen(x); }
-    static INLINE Floats add(Floats sum, Unit a, Floats b) { return sum + a * b; }
-    static INLINE void put(Element* p, Floats x) { store(p, x); }
-    static INLINE void put_neighbours(Unit* p, Floats x, Floats) { store(p, x); }
-};
-
-#ifdef __AVX512BF16__
-struct Pair {
-    typedef uint32_t Unit;
-    typedef bf16 Element;
-    static constexpr int WIDTH = 2;
-    static INLINE Element element(bf16 x) { return x; }
-    static INLINE Floats add(Floats sum, Unit a, Floats b) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-    }
-    static INLINE void put(Element* p, Floats x) { store(p, _mm512_cvtneps_pbh((__m512)x)); }
-    static INLINE void put_neighbours(Unit* p, Floats x, Floats next) {
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)next));
-        store(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-};
-#endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Products: c (rows, columns) = a (rows, depth) b (depth, columns), or that added to c; a and b in units.
-
-template <class U, int HEIGHT, int COLS>
-INLINE void tile(const typename U::Unit* a, int64_t step_a, const typename U::Unit* b, int64_t step_b, float* c,
-                 int64_t step_c, int64_t depth, bool add) {
-    Floats sums[HEIGHT][COLS];
-#pragma GCC unroll 16
-    for (int i = 0; i < HEIGHT; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < COLS; j++) sums[i][j] = add ? load(c + i * step_c + j * LANES) : Floats{};
-    for (int64_t k = 0; k < depth; k++) {
-        Floats parts[COLS];
-#pragma GCC unroll 2
-        for (int j = 0; j < COLS; j++) parts[j] = load((const float*)(b + k * step_b + j * LANES));
-#pragma GCC unroll 16
-        for (int i = 0; i < HEIGHT; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < COLS; j++) sums[i][j] = U::add(sums[i][j], a[i * step_a + k], parts[j]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < HEIGHT; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < COLS; j++) store(c + i * step_c + j * LANES, sums[i][j]);
-}
-
-template <class U, int COLS>
-INLINE void stripe(int64_t rows, const typename U::Unit* a, int64_t step_a, const typename U::Unit* b, int64_t step_b,
-                   float* c, int64_t step_c, int64_t depth, bool add) {
-    constexpr int HEIGHT = std::min<int64_t>(ROWS, SUMS / COLS);
-    for (int64_t i = 0; i < rows; i += HEIGHT)
-        tile<U, HEIGHT, COLS>(a + i * step_a, step_a, b, step_b, c + i * step_c, step_c, depth, add);
-}
-
-template <class U>
-void product(int64_t rows, int64_t columns, const typename U::Unit* a, int64_t step_a, const typename U::Unit* b,
-             int64_t step_b, float* c, int64_t step_c, int64_t depth, bool add) {
-    int64_t j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES)
-        stripe<U, 2>(rows, a, step_a, b + j, step_b, c + j, step_c, depth, add);
-    if (j < columns) stripe<U, 1>(rows, a, step_a, b + j, step_b, c + j, step_c, depth, add);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Rows of a head, copied in the orders that products read. Rows from `count` to `padded` are zeros.
-
-template <class U, class T, class Place>
-INLINE void pack(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, Place place) {
-    for (int64_t t0 = 0; t0 < padded; t0 += LANES)
-        for (int64_t c0 = 0; c0 < size; c0 += LANES)
-            for (int64_t t = t0; t < t0 + LANES; t++)
-                for (int64_t c = c0; c < c0 + LANES; c++)
-                    place(t, c) = t < count ? U::element(x[t * step + c]) : typename U::Element(0);
-}
-
-// A row's units hold its neighbouring channels: (T, C).
-template <class U, class T>
-void pack_rows(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
-    auto to = (typename U::Element*)out;
-    pack<U>(x, step, count, padded, size, [=](int64_t t, int64_t c) -> auto& { return to[t * size + c]; });
-}
-
-// The same units transposed within blocks of QUERIES: (blocks, C, QUERIES).
-template <class U, class T>
-void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
-    constexpr int64_t W = U::WIDTH, Q = QUERIES;
-    auto to = (typename U::Element*)out;
-    pack<U>(x, step, count, padded, size,
-            [=](int64_t t, int64_t c) -> auto& { return to[((t / Q * size + down(c, W)) * Q + t % Q * W) + c % W]; });
-}
-
-// A channel's units hold neighbouring rows, in blocks of KEYS: (blocks, C, KEYS).
-template <class U, class T>
-void pack_channels(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
-    auto to = (typename U::Element*)out;
-    pack<U>(x, step, count, padded, size,
-            [=](int64_t t, int64_t c) -> auto& { return to[(t / KEYS * size + c) * KEYS + t % KEYS]; });
-}
-
-// The same units transposed: (T, C).
-template <class U, class T>
-void pack_channels_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size,
-                          typename U::Unit* out) {
-    constexpr int64_t W = U::WIDTH;
-    auto to = (typename U::Element*)out;
-    pack<U>(x, step, count, padded, size,
-            [=](int64_t t, int64_t c) -> auto& { return to[down(t, W) * size + c * W + t % W]; });
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Attention.
 
 struct Shape {
@@ -181,12 +51,6 @@ struct Heads {  // (B, T, heads, C); steps in elements, a head's channels lie be
     void* data;
     int64_t batch_step, token_step, head_step;
     template <class T> T* at(int64_t b, int64_t head) const { return (T*)data + b * batch_step + head * head_step; }
-};
-
-template <class T> struct Memory {
-    std::unique_ptr<T[]> owned;
-    explicit Memory(int64_t count) : owned(new T[count]) {}
-    operator T*() const { return owned.get(); }
 };
 
 INLINE Ints counted(int64_t from) {
@@ -246,9 +110,8 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
             std::fill_n(total, Q, 0.0f);
             std::fill_n((float*)sums, C * Q, 0.0f);
             const int64_t end = up(q0 + count, ROWS);
-            for (int64_t r0 = down(firsts[0], ROWS), next; r0 < end; r0 = next) {
-                next = std::min(down(r0, KEYS) + KEYS, end);
-                int64_t rows = next - r0;
+            for (int64_t r0 = down(firsts[0], ROWS); r0 < end; r0 += KEYS) {
+                int64_t rows = std::min(KEYS, end - r0);
                 product<U>(rows, Q, k_head + r0 * D, D, query, Q, scores, Q, D, false);
                 hide(s, firsts, q0, r0, rows, scores);
                 bool shrinks = false;
@@ -276,8 +139,7 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
                     for (int64_t c = 0; c < C; c++)
                         for (int64_t j = 0; j < Q; j += LANES)
                             store(sums + c * Q + j, load(sums + c * Q + j) * load(shrink + j));
-                const Unit* block = v_head + (down(r0, KEYS) * C + r0 % KEYS) / W;
-                product<U>(C, Q, block, KEYS / W, weights, Q, sums, Q, rows / W, true);
+                product<U, true>(C, Q, v_head + r0 * D, C, weights, Q, sums, Q, rows / W, true);
             }
             for (int64_t i = 0; i < count; i++) {
                 T* y = out.at<T>(b, head) + (q0 + i) * out.token_step;
@@ -321,9 +183,9 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             const Unit* v_head = values + kv * padded * D;
             const T *q_rows = q.at<T>(b, head), *y_rows = out.at<T>(b, head), *dy_rows = grad.at<T>(b, head);
             pack_rows_across<U>(q_rows, q.token_step, s.tokens, padded, C, query);
-            pack_channels_across<U>(q_rows, q.token_step, s.tokens, padded, C, query_across);
+            pack_channels<U>(q_rows, q.token_step, s.tokens, padded, C, query_across);
             pack_rows_across<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy);
-            pack_channels_across<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy_across);
+            pack_channels<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy_across);
             std::fill_n((float*)log_sums, padded, 0.0f);
             std::fill_n((float*)dots, padded, 0.0f);
             std::copy_n(lse + item * s.tokens, s.tokens, (float*)log_sums);
@@ -362,8 +224,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     const int64_t at = (r0 - k0) * C;
                     product<U>(rows, C, weights, Q / W, dy_across + q0 * D, C, sums_v + at, C, Q / W, true);
                     product<U>(rows, C, slopes, Q / W, query_across + q0 * D, C, sums_k + at, C, Q / W, true);
-                    product<U>(C, Q, k_head_across + (k0 * C + r0 - k0) / W, KEYS / W, slopes_across, Q,
-                               sums_q + q0 * C, Q, rows / W, true);
+                    product<U, true>(C, Q, k_head_across + r0 * D, C, slopes_across, Q, sums_q + q0 * C, Q, rows / W,
+                                     true);
                 }
             }
             for (int64_t t = 0; t < s.tokens; t++) {
@@ -390,25 +252,17 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
     }
 }
 
-#ifdef __AVX512BF16__
-typedef Pair BF16;
-#else
-typedef Single BF16;
-#endif
-
 }  // namespace
 
 extern "C" {
 
-int lanes() { return LANES; }
-
 void attend_forward(const Shape* s, int is_bf16, const Heads* x, float* lse) {  // q, k, v, out
-    if (is_bf16) forward<BF16, bf16>(*s, x[0], x[1], x[2], x[3], lse);
+    if (is_bf16) forward<Bfloat16, bf16>(*s, x[0], x[1], x[2], x[3], lse);
     else forward<Single, float>(*s, x[0], x[1], x[2], x[3], lse);
 }
 
 void attend_backward(const Shape* s, int is_bf16, const Heads* x, const float* lse) {  // ..., dout, dq, dk, dv
-    if (is_bf16) backward<BF16, bf16>(*s, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
+    if (is_bf16) backward<Bfloat16, bf16>(*s, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
     else backward<Single, float>(*s, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
 }
 }

@@ -14,19 +14,6 @@ namespace {
 
 constexpr int64_t CHUNK = 128;
 
-INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-
-#ifdef __AVX512BF16__
-INLINE void store(bf16* p, Floats v) {
-    auto halves = _mm512_cvtneps_pbh((__m512)v);
-    memcpy(p, &halves, sizeof halves);
-}
-#else
-INLINE void store(bf16* p, Floats v) {
-    for (int i = 0; i < LANES; i++) narrow(v[i], p + i);
-}
-#endif
-
 INLINE float total(Floats v) {
     sum<1>(&v);
     return v[0];
