@@ -1,8 +1,9 @@
 """Speed of whole training steps: ours beside transformers' text model with torch's optimisers, in one run.
 
-Both start from the same weights and take the same batches, in fp32 or bf16, without MTP. Ours is `Learner.update`: Muon with
-Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts. Theirs is the
-loss transformers computes, clipping, and `torch.optim.Muon`, which takes 2-D matrices only, in two ways:
+Both start from the same weights and take the same batches, without MTP, in fp32 or bf16. Ours is `Learner.update`: Muon
+with Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts, in bf16
+with fp32 masters. Theirs is the loss transformers computes, clipping, and `torch.optim.Muon`, which takes 2-D matrices
+only, in two ways:
 
     experts by AdamW   what it can do as it is: the stacked experts (3-D) go to AdamW
     experts by slices  the experts' slices as parameters of their own, one after the other: about our work
@@ -10,7 +11,7 @@ loss transformers computes, clipping, and `torch.optim.Muon`, which takes 2-D ma
 Passes and updates are timed apart, in turn, the fastest of each counts; a step of N tokens is then N / (tokens of a
 pass) passes and one update. One real step of ours with all its passes checks the sum (`whole_step_over_sum`).
 
-    python benchmarks/train.py [--presets tiny mini] [--dtype float32] [--length 512] [--step-tokens 65536] [--seconds 60]
+    python benchmarks/train.py [--presets tiny mini] [--dtype float32] [--length 512] [--seconds 60]
 
 Wants an idle machine. The last line is JSON with the ratios; each preset's result file holds everything.
 """
@@ -66,7 +67,8 @@ def main() -> None:
         result = {
             "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
             "environment": environment() | {"threads": threads, "transformers": transformers.__version__},
-            "preset": name, "dtype": args.dtype, "length": args.length, "pass_tokens": args.pass_tokens, "step_tokens": args.step_tokens,
+            "preset": name, "dtype": args.dtype, "length": args.length,
+            "pass_tokens": args.pass_tokens, "step_tokens": args.step_tokens,
             "matmul_peak_flops": peak, "figures": row,
         }  # fmt: skip
         args.out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,11 @@ def measure(name: str, args: argparse.Namespace, peak: float) -> dict[str, float
     initialise(model, torch.Generator().manual_seed(0))
     twins = [load_transformers(model).to(getattr(torch, args.dtype)) for _ in range(2)]
     rows = args.pass_tokens // args.length
-    systems = [Ours(model, args.dtype, args.length, rows), Theirs(twins[0], slices=False), Theirs(twins[1], slices=True)]
+    systems = [
+        Ours(model, args.dtype, args.length, rows),
+        Theirs(twins[0], slices=False),
+        Theirs(twins[1], slices=True),
+    ]
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(
         16, model.config.vocab_size, (args.step_tokens // args.length, args.length), generator=random

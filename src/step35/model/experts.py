@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step35.model.compiled.grouped import Grouped, fits_grouped
 from step35.model.compiled.library import fits
 from step35.model.compiled.pointwise import Combine, Dispatch
 from step35.model.context import RoutedRows
@@ -117,4 +118,6 @@ class Permutation(torch.autograd.Function):
 
 def _grouped_product(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply the e-th block of rows by weight[e]^T; `ends_E` holds where each block ends."""
+    if fits_grouped(rows, weight):
+        return Grouped.apply(rows, weight, ends_E)  # type: ignore[no-any-return,no-untyped-call]
     return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends_E)

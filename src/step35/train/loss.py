@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step35.model.compiled.library import call, fits
+
 CHUNK_ROWS = 256
 """Positions whose logits exist at once; fewer would read the head's matrix more often than its products take."""
 
@@ -34,12 +36,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = min(CHUNK_ROWS, len(h_ND))
         buffer = h_ND.new_empty(rows, len(weight))  # reused: fresh pages cost more than the product that fills them
         for start in range(0, len(h_ND), max(1, rows)):
-            h, target = h_ND[start : start + rows], targets_N[start : start + rows, None]
+            h, target = h_ND[start : start + rows], targets_N[start : start + rows]
             logits = torch.mm(h, weight.T, out=buffer[: len(h)])
-            p = logits.softmax(-1, dtype=torch.float32)
-            total -= p.gather(1, target).clamp(min=SMALLEST).log().sum()
-            p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-            grad = p.to(h.dtype)
+            loss_N, grad = _loss_and_gradient(logits, target)
+            total += loss_N.sum()
             torch.mm(grad, weight, out=grad_h[start : start + rows])
             grad_weight.addmm_(grad.T, h) if h.dtype == torch.float32 else grad_weight.add_(grad.T @ h)
         ctx.save_for_backward(grad_h, grad_weight.to(weight_VD.dtype))
@@ -50,6 +50,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the stored gradients."""
         grad_h, grad_weight = ctx.saved_tensors
         return grad_h * grad_total.to(grad_h.dtype), grad_weight * grad_total, None
+
+
+def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's loss in fp32 and the gradient of the logits, which may take their place."""
+    if fits(logits_NV):
+        loss_N = torch.empty(len(logits_NV))
+        call("cross_entropy", logits_NV, targets_N, *logits_NV.shape, loss_N)
+        return loss_N, logits_NV
+    p, target = logits_NV.softmax(-1, dtype=torch.float32), targets_N[:, None]
+    loss_N = -p.gather(1, target).clamp(min=SMALLEST).log()[:, 0]
+    p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+    return loss_N, p.to(logits_NV.dtype)
 
 
 def summed_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ def _call(name: str, heads: tuple[Tensor, ...], sums_BHT: Tensor, first_BT: Tens
     views = (CHeads * len(heads))(*(CHeads(x.data_ptr(), *x.stride()[:3]) for x in heads))
     library = libraries()
     assert library is not None
-    getattr(library[0], name)(byref(shape), c_int(q.dtype == torch.bfloat16), views, c_void_p(sums_BHT.data_ptr()))
+    getattr(library.attention, name)(
+        byref(shape), c_int(q.dtype == torch.bfloat16), views, c_void_p(sums_BHT.data_ptr())
+    )
 
 
 def _inner(x_BTHC: Tensor) -> Tensor:

@@ -6,24 +6,30 @@ import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from step35.runtime.compiled import load_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "pointwise.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "grouped.cpp", "pointwise.cpp"))
 DTYPES = (torch.float32, torch.bfloat16)
 MULTIPLE, MOST_HEAD = 16, 1024
 """Rows are read in vectors of at most this many elements; a head has at most so many channels."""
 
 
+class Libraries(NamedTuple):
+    attention: ctypes.CDLL
+    grouped: ctypes.CDLL
+    pointwise: ctypes.CDLL
+
+
 @lru_cache
-def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
-    """Return the libraries of attention and of what lies between products; None where they cannot be built."""
-    attention, pointwise = (load_library(source, "training") for source in SOURCES)
-    return None if attention is None or pointwise is None else (attention, pointwise)
+def libraries() -> Libraries | None:
+    """Return the libraries; None where one cannot be built."""
+    made = [load_library(source, "training") for source in SOURCES]
+    return None if None in made else Libraries(*made)  # type: ignore[arg-type]
 
 
 def fits(x: Tensor) -> bool:
@@ -36,7 +42,7 @@ def call(name: str, x: Tensor, *args: Any) -> None:
     """Call the pointwise kernel `name` in x's dtype, x first; tensors go as pointers, the number of threads last."""
     library = libraries()
     assert library is not None
-    function = getattr(library[1], f"{name}_{str(x.dtype).removeprefix('torch.')}")
+    function = getattr(library.pointwise, f"{name}_{str(x.dtype).removeprefix('torch.')}")
     function(*map(_argument, (x, *args)), c_int(torch.get_num_threads()))
 
 

@@ -211,6 +211,27 @@ void gather_sum_grad(const T* x, const int64_t* place, const float* weight, cons
         }
 }
 
+// Rows of logits turn into the gradient of -log p[target]; `loss` (N) takes that, of at most 87 nats.
+template <class T>
+void cross_entropy(T* logits, const int64_t* targets, int64_t rows, int64_t size, float* loss, int threads) {
+    constexpr float LEAST = 1.1754944e-38f;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < rows; n++) {
+        T* x = logits + n * size;
+        Floats most = Floats{} - INFINITY, sums = {};
+        each(size, [&](int64_t i) { most = larger(most, load(x + i)); });
+        const float top = largest(most), target = widen(x[targets[n]]);
+        each(size, [&](int64_t i) {
+            Floats below = load(x + i) - top;
+            sums += exponential(below) + (below - below);  // which is NaN where a logit is no number
+        });
+        const float share = 1.0f / total(sums), p = exponential(target - top) * share;
+        each(size, [&](int64_t i) { store(x + i, exponential(load(x + i) - top) * share); });
+        narrow(p - 1.0f, x + targets[n]);
+        loss[n] = -std::log(p < LEAST ? LEAST : p);
+    }
+}
+
 }  // namespace
 
 #define BOTH(name, parameters, ...)                              \
@@ -250,4 +271,6 @@ BOTH(gather_sum, (const void* x, const int64_t* place, const float* weight, int6
 BOTH(gather_sum_grad, (const void* x, const int64_t* place, const float* weight, const void* grad, int64_t rows,
                        int64_t top_k, int64_t size, void* grad_x, float* grad_weight, int threads),
      gather_sum_grad((const T*)x, place, weight, (const T*)grad, rows, top_k, size, (T*)grad_x, grad_weight, threads))
+BOTH(cross_entropy, (void* logits, const int64_t* targets, int64_t rows, int64_t size, float* loss, int threads),
+     cross_entropy((T*)logits, targets, rows, size, loss, threads))
 }

@@ -29,6 +29,7 @@ struct Single {
     typedef float Element;
     static constexpr int64_t WIDTH = 1;
     template <class T> static INLINE Element element(T x) { return widen(x); }
+    template <class T> static INLINE Unit unit(const T* x) { return widen(*x); }
     static INLINE Floats add(Floats sum, Unit a, Floats b) { return sum + a * b; }
     static INLINE void put(Element* p, Floats x) { store(p, x); }
     static INLINE void put_neighbours(Unit* p, Floats x, Floats) { store(p, x); }
@@ -45,6 +46,7 @@ struct Pair {
         narrow(x, &y);
         return y;
     }
+    template <class T> static INLINE Unit unit(const T* x) { return uint32_t(element(x[0])) | uint32_t(element(x[1])) << 16; }
     static INLINE Floats add(Floats sum, Unit a, Floats b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
     }
@@ -125,13 +127,10 @@ void pack_rows(const T* x, int64_t step, int64_t count, int64_t padded, int64_t 
 template <class U, class T>
 void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
     constexpr int64_t W = U::WIDTH;
-    auto to = (typename U::Element*)out;
     for (int64_t t0 = 0; t0 < padded; t0 += LANES)
-        for (int64_t c = 0; c < size; c += W)
+        for (int64_t c = 0; c < size / W; c++)
             for (int64_t t = t0; t < t0 + LANES; t++)
-                for (int64_t w = 0; w < W; w++)
-                    to[(t / COLUMNS * size + c) * COLUMNS + t % COLUMNS * W + w] =
-                        t < count ? U::element(x[t * step + c + w]) : typename U::Element(0);
+                out[(t / COLUMNS * size / W + c) * COLUMNS + t % COLUMNS] = t < count ? U::unit(x + t * step + c * W) : 0;
 }
 
 // A channel's units hold neighbouring rows: (T, C).

@@ -1,0 +1,125 @@
+// Products of the experts: each block of rows with a matrix of its own, forward and both gradients.
+//
+// Libraries prepare a product for its shape, and experts have new shapes in every pass. Here nothing depends on how
+// many rows an expert has. Each output is summed in one order, so threads change no bit.
+//
+// E experts, R rows sorted by expert; w (E, outs, ins) may be fp32 where rows are bf16, and is rounded on the way.
+
+#include <omp.h>
+
+#include "products.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, WIDE = 128;  // rows, units, rows, columns taken at a time
+
+struct Grouped {
+    int64_t experts, outs, ins;
+    const int32_t* ends;  // (E): where each expert's rows end
+    int32_t threads;
+    int64_t begin(int64_t e) const { return e ? ends[e - 1] : 0; }
+};
+
+// y (R, outs) = rows x (R, ins) times a panel for each expert and block of columns, packed by `pack`(e, column, count,
+// out), which returns the panel's step.
+template <class U, class T, class Pack>
+void rows_product(const Grouped& g, int64_t outs, int64_t ins, const T* x, T* y, Pack pack) {
+    typedef typename U::Unit Unit;
+    const int64_t units = ins / U::WIDTH, panels = up(outs, COLUMNS) / COLUMNS;
+#pragma omp parallel num_threads(g.threads)
+    {
+        Memory<Unit> panel(units * COLUMNS), copied(BLOCK * units);
+        alignas(64) float sums[BLOCK * COLUMNS];
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < g.experts * panels; item++) {
+            const int64_t e = item / panels, column = item % panels * COLUMNS, end = g.ends[e];
+            const int64_t count = std::min(COLUMNS, outs - column);
+            if (g.begin(e) == end) continue;
+            const int64_t step = pack(e, column, count, (Unit*)panel);
+            for (int64_t r0 = g.begin(e); r0 < end; r0 += BLOCK) {
+                const int64_t rows = std::min(BLOCK, end - r0);
+                const Unit* a = (const Unit*)(x + r0 * ins);
+                if (rows % ROWS || sizeof(T) != sizeof(typename U::Element)) {
+                    pack_rows<U>(x + r0 * ins, ins, rows, up(rows, ROWS), ins, copied);
+                    a = copied;
+                }
+                for (int64_t k = 0; k < units; k += DEPTH)
+                    product<U>(up(rows, ROWS), count, a + k, units, panel + k * step, step, sums, COLUMNS,
+                               std::min(DEPTH, units - k), k > 0);
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t j = 0; j < count; j += LANES)
+                        store(y + (r0 + r) * outs + column + j, load(sums + r * COLUMNS + j));
+            }
+        }
+    }
+}
+
+template <class T, class S> void forward(const Grouped& g, const T* x, const S* w, T* y) {
+    typedef typename UnitsOf<T>::Units U;
+    rows_product<U>(g, g.outs, g.ins, x, y, [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
+        pack_rows_across<U>(w + (e * g.outs + column) * g.ins, g.ins, count, count, g.ins, out);
+        return COLUMNS;
+    });
+}
+
+template <class T, class S> void backward_rows(const Grouped& g, const T* grad, const S* w, T* grad_x) {
+    typedef typename UnitsOf<T>::Units U;
+    rows_product<U>(g, g.ins, g.outs, grad, grad_x, [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
+        pack_channels<U>(w + e * g.outs * g.ins + column, g.ins, g.outs, g.outs, count, out);
+        return count;
+    });
+}
+
+// grad_w[e] (outs, ins) = grad^T x over the expert's rows.
+template <class T, class S> void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w) {
+    typedef typename UnitsOf<T>::Units U;
+    typedef typename U::Unit Unit;
+    const int64_t wides = up(g.ins, WIDE) / WIDE, W = U::WIDTH;
+#pragma omp parallel num_threads(g.threads)
+    {
+        Memory<Unit> across(SUMMED / W * g.outs), panel(SUMMED / W * WIDE);
+        Memory<float> sums(g.outs * WIDE);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < g.experts * wides; item++) {
+            const int64_t e = item / wides, column = item % wides * WIDE, count = std::min(WIDE, g.ins - column);
+            std::fill_n((float*)sums, g.outs * WIDE, 0.0f);
+            for (int64_t r0 = g.begin(e); r0 < g.ends[e]; r0 += SUMMED) {
+                const int64_t rows = std::min(SUMMED, g.ends[e] - r0), padded = up(rows, W);
+                pack_channels<U>(grad + r0 * g.outs, g.outs, rows, padded, g.outs, across);
+                pack_channels<U>(x + r0 * g.ins + column, g.ins, rows, padded, count, panel);
+                product<U, true>(g.outs, count, across, g.outs, panel, count, sums, WIDE, padded / W, true);
+            }
+            for (int64_t i = 0; i < g.outs; i++)
+                for (int64_t j = 0; j < count; j += LANES)
+                    store(grad_w + (e * g.outs + i) * g.ins + column + j, load(sums + i * WIDE + j));
+        }
+    }
+}
+
+// Calls f with the types of rows and weights.
+template <class F> void typed(int rows_bf16, int weights_bf16, F f) {
+    if (!rows_bf16) f(float(), float());
+    else if (weights_bf16) f(bf16(), bf16());
+    else f(bf16(), float());
+}
+
+}  // namespace
+
+extern "C" {
+
+void grouped_forward(const Grouped* g, int rows_bf16, int weights_bf16, const void* x, const void* w, void* y) {
+    typed(rows_bf16, weights_bf16, [&](auto t, auto s) {
+        forward(*g, (const decltype(t)*)x, (const decltype(s)*)w, (decltype(t)*)y);
+    });
+}
+
+void grouped_backward(const Grouped* g, int rows_bf16, int weights_bf16, const void* x, const void* w, const void* grad,
+                      void* grad_x, void* grad_w) {  // either gradient may be null
+    typed(rows_bf16, weights_bf16, [&](auto t, auto s) {
+        typedef decltype(t) T;
+        typedef decltype(s) S;
+        if (grad_x) backward_rows(*g, (const T*)grad, (const S*)w, (T*)grad_x);
+        if (grad_w) backward_weight(*g, (const T*)x, (const T*)grad, (S*)grad_w);
+    });
+}
+}
