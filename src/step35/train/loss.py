@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step35.model.compiled.grouped import add_product
 from step35.model.compiled.library import call, fits
 
 CHUNK_ROWS = 256
@@ -41,7 +42,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss_N, grad = _loss_and_gradient(logits, target)
             total += loss_N.sum()
             torch.mm(grad, weight, out=grad_h[start : start + rows])
-            grad_weight.addmm_(grad.T, h) if h.dtype == torch.float32 else grad_weight.add_(grad.T @ h)
+            _add_product(grad_weight, grad, h)
         ctx.save_for_backward(grad_h, grad_weight.to(weight_VD.dtype))
         return total
 
@@ -50,6 +51,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the stored gradients."""
         grad_h, grad_weight = ctx.saved_tensors
         return grad_h * grad_total.to(grad_h.dtype), grad_weight * grad_total, None
+
+
+def _add_product(total_VD: Tensor, grad_NV: Tensor, h_ND: Tensor) -> None:
+    """Add grad^T h to the fp32 gradient of the head."""
+    if h_ND.dtype == torch.float32:
+        total_VD.addmm_(grad_NV.T, h_ND)
+    elif fits(h_ND) and fits(grad_NV):
+        add_product(total_VD, grad_NV, h_ND.contiguous())
+    else:
+        total_VD.add_(grad_NV.T @ h_ND)
 
 
 def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

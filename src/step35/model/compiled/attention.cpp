@@ -189,9 +189,13 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             std::fill_n((float*)log_sums, padded, 0.0f);
             std::fill_n((float*)dots, padded, 0.0f);
             std::copy_n(lse + item * s.tokens, s.tokens, (float*)log_sums);
-            for (int64_t t = 0; t < s.tokens; t++)
-                for (int64_t c = 0; c < C; c++)
-                    dots[t] += widen(dy_rows[t * grad.token_step + c]) * widen(y_rows[t * out.token_step + c]);
+            for (int64_t t = 0; t < s.tokens; t++) {
+                Floats products = {};
+                for (int64_t c = 0; c < C; c += LANES)
+                    products += load(dy_rows + t * grad.token_step + c) * load(y_rows + t * out.token_step + c);
+                sum<1>(&products);
+                dots[t] = products[0];
+            }
             std::fill_n((float*)sums_q, padded * C, 0.0f);
             const int32_t* first = s.first + b * s.tokens;
             for (int64_t k0 = 0; k0 < s.tokens; k0 += KEYS) {

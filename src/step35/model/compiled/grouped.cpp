@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, WIDE = 128;  // rows, units, rows, columns taken at a time
+// Rows and units of a step of `rows_product`; rows to sum, outs and ins of a step of `backward_weight`.
+constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 512, WIDE = 128;
 
 struct Grouped {
     int64_t experts, outs, ins;
@@ -70,28 +71,35 @@ template <class T, class S> void backward_rows(const Grouped& g, const T* grad, 
     });
 }
 
-// grad_w[e] (outs, ins) = grad^T x over the expert's rows.
-template <class T, class S> void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w) {
+// grad_w[e] (outs, ins) = grad^T x over the expert's rows, or that added to it.
+template <class T, class S>
+void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w, bool add = false) {
     typedef typename UnitsOf<T>::Units U;
     typedef typename U::Unit Unit;
-    const int64_t wides = up(g.ins, WIDE) / WIDE, W = U::WIDTH;
+    const int64_t talls = up(g.outs, TALL) / TALL, wides = up(g.ins, WIDE) / WIDE, W = U::WIDTH;
 #pragma omp parallel num_threads(g.threads)
     {
-        Memory<Unit> across(SUMMED / W * g.outs), panel(SUMMED / W * WIDE);
-        Memory<float> sums(g.outs * WIDE);
+        Memory<Unit> across(SUMMED / W * TALL), panel(SUMMED / W * COLUMNS);
+        Memory<float> sums(TALL * WIDE);
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < g.experts * wides; item++) {
-            const int64_t e = item / wides, column = item % wides * WIDE, count = std::min(WIDE, g.ins - column);
-            std::fill_n((float*)sums, g.outs * WIDE, 0.0f);
+        for (int64_t item = 0; item < g.experts * talls * wides; item++) {
+            const int64_t e = item / (talls * wides), row = item / wides % talls * TALL, column = item % wides * WIDE;
+            const int64_t height = std::min(TALL, g.outs - row), width = std::min(WIDE, g.ins - column);
+            std::fill_n((float*)sums, TALL * WIDE, 0.0f);
             for (int64_t r0 = g.begin(e); r0 < g.ends[e]; r0 += SUMMED) {
                 const int64_t rows = std::min(SUMMED, g.ends[e] - r0), padded = up(rows, W);
-                pack_channels<U>(grad + r0 * g.outs, g.outs, rows, padded, g.outs, across);
-                pack_channels<U>(x + r0 * g.ins + column, g.ins, rows, padded, count, panel);
-                product<U, true>(g.outs, count, across, g.outs, panel, count, sums, WIDE, padded / W, true);
+                pack_channels<U>(grad + r0 * g.outs + row, g.outs, rows, padded, height, across);
+                for (int64_t j = 0; j < width; j += COLUMNS) {
+                    const int64_t count = std::min(COLUMNS, width - j);
+                    pack_channels<U>(x + r0 * g.ins + column + j, g.ins, rows, padded, count, panel);
+                    product<U, true>(height, count, across, height, panel, count, sums + j, WIDE, padded / W, true);
+                }
             }
-            for (int64_t i = 0; i < g.outs; i++)
-                for (int64_t j = 0; j < count; j += LANES)
-                    store(grad_w + (e * g.outs + i) * g.ins + column + j, load(sums + i * WIDE + j));
+            for (int64_t i = 0; i < height; i++)
+                for (int64_t j = 0; j < width; j += LANES) {
+                    S* to = grad_w + (e * g.outs + row + i) * g.ins + column + j;
+                    store(to, add ? load(to) + load(sums + i * WIDE + j) : load(sums + i * WIDE + j));
+                }
         }
     }
 }
@@ -120,6 +128,14 @@ void grouped_backward(const Grouped* g, int rows_bf16, int weights_bf16, const v
         typedef decltype(s) S;
         if (grad_x) backward_rows(*g, (const T*)grad, (const S*)w, (T*)grad_x);
         if (grad_w) backward_weight(*g, (const T*)x, (const T*)grad, (S*)grad_w);
+    });
+}
+
+// grad_w (outs, ins), fp32, += grad^T x.
+void add_product(const Grouped* g, int rows_bf16, const void* x, const void* grad, float* grad_w) {
+    typed(rows_bf16, 0, [&](auto t, auto) {
+        typedef decltype(t) T;
+        backward_weight(*g, (const T*)x, (const T*)grad, grad_w, true);
     });
 }
 }

@@ -52,6 +52,16 @@ class Grouped(torch.autograd.Function):
         return grads[0], grads[1], None
 
 
+def add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    """Add grad^T rows to `total` (outs, ins), fp32, for grad (N, outs) and rows (N, ins) of one dtype, contiguous."""
+    ends = torch.tensor([len(rows)], dtype=torch.int32)
+    shape = CGrouped(1, *total.shape, ends.data_ptr(), torch.get_num_threads())
+    pointers = [c_void_p(x.data_ptr()) for x in (rows, grad, total)]
+    library = libraries()
+    assert library is not None
+    library.grouped.add_product(byref(shape), c_int(rows.dtype == torch.bfloat16), *pointers)
+
+
 def _call(name: str, rows: Tensor, weight: Tensor, ends_E: Tensor, *others: Tensor | None) -> None:
     shape = CGrouped(*weight.shape, ends_E.data_ptr(), torch.get_num_threads())
     types = [c_int(x.dtype == torch.bfloat16) for x in (rows, weight)]
