@@ -75,7 +75,7 @@ def test_training_with_masters_follows_fp32_weights(make_model: MakeModel, make_
         learner = Learner(make_model(), settings(**changes))
         losses[dtype] = [learner.update(make_batch(rows=2, tokens=16), step)["loss"] for step in range(20)]
     # With bf16 products both round the same matrices; they part by the rounding of norms and gradients.
-    assert losses["bfloat16"][0] == pytest.approx(losses["float32"][0], rel=1e-3)
+    assert losses["bfloat16"][0] == pytest.approx(losses["float32"][0], rel=3e-3)
     assert losses["bfloat16"][-1] < 0.5 * losses["bfloat16"][0]
     assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.1)
 
