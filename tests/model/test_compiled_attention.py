@@ -43,7 +43,7 @@ def run(qkv: Tensor, query: int, segments: Tensor, window: int | None, reference
         y = plain.attend(q, k, v, mask)
     else:
         assert library.fits(q)
-        y = attend_spans(q, k, v, plain.first_seen(segments, window))
+        y = attend_spans(q, k, v, *plain.spans(segments, window))
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     y.backward(direction.to(y.dtype))
     return [y.detach(), qkv.grad]
@@ -101,24 +101,46 @@ def test_neither_threads_nor_neighbours_change_a_bit(dtype: torch.dtype) -> None
         torch.set_num_threads(threads)
         results.append(run(qkv, 6, segments, 40, reference=False))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    y = attend_spans(*qkv[1:2].split([6, 2, 2], dim=2), plain.first_seen(segments[1:2], 40))
+    y = attend_spans(*qkv[1:2].split([6, 2, 2], dim=2), *plain.spans(segments[1:2], 40))
     assert torch.equal(y, results[0][0][1:2])
 
 
 def test_hidden_keys_change_nothing() -> None:
     qkv = heads(1, 100, 2, 1, 16, torch.float32)
-    first = plain.first_seen(torch.zeros(1, 100, dtype=torch.long), 20)
-    before = attend_spans(*qkv.split([2, 1, 1], dim=2), first)
+    spans = plain.spans(torch.zeros(1, 100, dtype=torch.long), 20)
+    before = attend_spans(*qkv.split([2, 1, 1], dim=2), *spans)
     qkv[:, 40, 2:] = 1e30  # key and value
-    after = attend_spans(*qkv.split([2, 1, 1], dim=2), first)
+    after = attend_spans(*qkv.split([2, 1, 1], dim=2), *spans)
     rows = torch.arange(100)
     assert torch.equal(((before != after).any(-1).any(-1))[0], (rows >= 40) & (rows < 60))
 
 
 def test_the_first_row_seen_is_the_later_of_document_and_window() -> None:
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]])
-    assert plain.first_seen(segments, None).tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
-    assert plain.first_seen(segments, 2).tolist() == [[0, 0, 1, 3, 3, 4, 5, 7]]
+    for window, first in ((None, [0, 0, 0, 3, 3, 3, 3, 7]), (2, [0, 0, 1, 3, 3, 4, 5, 7])):
+        assert [x.tolist() for x in plain.spans(segments, window)] == [[first], [list(range(8))]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), keys=st.integers(1, 200), queries=st.integers(1, 80))
+def test_any_spans(data: st.DataObject, keys: int, queries: int) -> None:
+    # As many keys as a cache holds, with gradients: nothing ties a query's row to a key's.
+    rows = st.lists(st.integers(0, keys - 1), min_size=queries, max_size=queries).map(sorted)
+    first, last = data.draw(rows), data.draw(rows)
+    first = [min(a, b) for a, b in zip(first, last, strict=True)]
+    heads_q, heads_kv = heads(1, queries, 4, 0, 16, torch.float32), heads(1, keys, 0, 2, 16, torch.float32, seed=1)
+    row = torch.arange(keys)
+    mask = (row >= torch.tensor(first)[:, None]) & (row <= torch.tensor(last)[:, None])
+    results = []
+    for reference in (False, True):
+        q, k, v = (x.double() if reference else x for x in (heads_q, *heads_kv.split(2, dim=2)))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        spans = (torch.tensor([x], dtype=torch.int32) for x in (first, last))
+        y = plain.attend(*leaves, mask[None]) if reference else attend_spans(*leaves, *spans)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

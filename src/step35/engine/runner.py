@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 
 import torch
@@ -23,7 +23,9 @@ from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
-from step35.model.attention_kernels import attend, visible
+from step35.model.attention_kernels import attend
+from step35.model.compiled.attention import attend_spans
+from step35.model.compiled.library import fits
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
@@ -40,7 +42,14 @@ class View:
     """The slots that one group of requests reads in one kind of layer."""
 
     slots_RS: Tensor
-    mask_RTS: Tensor
+    first_RT: Tensor
+    """The first and the last of them that each query sees, int32."""
+    last_RT: Tensor
+
+    @cached_property
+    def mask_RTS(self) -> Tensor:
+        place_S = torch.arange(self.slots_RS.shape[1], device=self.slots_RS.device)
+        return (place_S >= self.first_RT[..., None]) & (place_S <= self.last_RT[..., None])
 
 
 class PagedContext(Context):
@@ -72,7 +81,11 @@ class PagedContext(Context):
             q = q_BTHC[0, done : done + rows].view(len(group), -1, *q_BTHC.shape[2:])
             view = self._view(number, layer.window)
             k, v = (store[layer.index][view.slots_RS] for store in (self.cache.keys, self.cache.values))
-            outputs.append(attend(q, k, v, view.mask_RTS).flatten(0, 1))
+            if fits(q):
+                y = attend_spans(q, k, v, view.first_RT, view.last_RT)
+            else:
+                y = attend(q, k, v, view.mask_RTS)
+            outputs.append(y.flatten(0, 1))
             done += rows
         return torch.cat(outputs)[None]
 
@@ -87,11 +100,10 @@ class PagedContext(Context):
         starts = [max(self.first, r.start - window + 1) if window else self.first for r in group]
         longest = max(r.end - start for r, start in zip(group, starts, strict=True))
         tables = torch.stack([_slots_of(r, start, longest, window) for r, start in zip(group, starts, strict=True)])
-        key_RS = torch.tensor(starts, device=device)[:, None] + torch.arange(longest, device=device)
-        query_RT = torch.tensor([r.start for r in group], device=device)[:, None] + torch.arange(
-            group[0].count, device=device
-        )
-        return View(tables.to(device), visible(query_RT, key_RS, window))
+        last_RT = torch.tensor([r.start - start for r, start in zip(group, starts, strict=True)], device=device)
+        last_RT = last_RT[:, None] + torch.arange(group[0].count, device=device)
+        first_RT = (last_RT - window + 1).clamp(min=0) if window else torch.zeros_like(last_RT)
+        return View(tables.to(device), first_RT.int(), last_RT.int())
 
 
 def slot(rows: Rows, position: int, kind: str) -> int:

@@ -72,11 +72,12 @@ def attend_documents(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, lengths: li
     return torch.cat(outputs).view(q_BTHC.shape)
 
 
-def first_seen(segments_BT: Tensor, window: int | None) -> Tensor:
-    """Return the first row of its document and window that the query at each row sees (B, T), int32."""
-    rows_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
-    first_BT = torch.where(_starts(segments_BT), rows_T, 0).cummax(1).values
-    return (first_BT if window is None else first_BT.maximum(rows_T - window + 1)).int()
+def spans(segments_BT: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return the first and the last row that the query at each row sees (B, T), int32: of its document and window."""
+    last_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand(segments_BT.shape)
+    first_BT = torch.where(_starts(segments_BT), last_BT, 0).cummax(1).values
+    first_BT = first_BT if window is None else first_BT.maximum(last_BT - window + 1)
+    return first_BT.int().contiguous(), last_BT.int().contiguous()
 
 
 def band_mask(positions_BT: Tensor, segments_BT: Tensor, window: int) -> Tensor:

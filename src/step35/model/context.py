@@ -100,7 +100,7 @@ class Context:
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
         """Attend under this pass's visibility rules; returns (B, T, H, C)."""
         if fits(q_BTHC):
-            return attend_spans(q_BTHC, k_BTKC, v_BTKC, self._first(layer.window))
+            return attend_spans(q_BTHC, k_BTKC, v_BTKC, *self._spans(layer.window))
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
@@ -132,11 +132,11 @@ class Context:
             return "banded" if tokens > kernels.band_width(window) else "packed"
         return "documents" if self.positions_BT.numel() >= max(1, kernels.SHORT_DOCUMENT * len(lengths)) else "packed"
 
-    def _first(self, window: int | None) -> Tensor:
-        """Return the first row that each query sees (B, T), int32."""
-        key = ("first", window)
+    def _spans(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return the first and the last row that each query sees (B, T), int32."""
+        key = ("spans", window)
         if key not in self._memo:
-            self._memo[key] = kernels.first_seen(self.segments_BT, window)
+            self._memo[key] = kernels.spans(self.segments_BT, window)
         return self._memo[key]
 
     def _lengths(self) -> list[int]:

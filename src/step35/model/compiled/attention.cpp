@@ -1,12 +1,12 @@
 // Softmax attention over a span of keys for each query, forward and backward, on a CPU.
 //
-// The query at row t of a sequence sees the keys at rows first[t] to t, and `first` never falls: causal attention,
-// windows and packed documents, whose hidden keys cost nothing but the corners of blocks. Scores exist a block at a
+// The query at row t of a sequence sees the keys at rows first[t] to last[t], and neither ever falls: causal attention,
+// windows, packed documents and caches, whose hidden keys cost nothing but the corners of blocks. Scores exist a block at a
 // time, as (keys, queries): what belongs to a query (maximum, sum, log-sum-exp) is then a vector over columns, and
 // nothing is ever summed across a vector. Sums are fp32, in an order that depends on shapes alone: the number of
 // threads changes no bit.
 //
-// B sequences, T rows, H query heads, K kv heads, C head dim.
+// B sequences, T queries, S keys, H query heads, K kv heads, C head dim.
 
 #include <omp.h>
 
@@ -42,8 +42,8 @@ INLINE Floats exp2(Floats x) {
 // Attention.
 
 struct Shape {
-    int64_t batch, tokens, heads, kv_heads, size;
-    const int32_t* first;  // (B, T)
+    int64_t batch, tokens, keys, heads, kv_heads, size;
+    const int32_t *first, *last;  // (B, T)
     int32_t threads;
 };
 
@@ -53,37 +53,38 @@ struct Heads {  // (B, T, heads, C); steps in elements, a head's channels lie be
     template <class T> T* at(int64_t b, int64_t head) const { return (T*)data + b * batch_step + head * head_step; }
 };
 
-INLINE Ints counted(int64_t from) {
-    Ints v;
-    for (int i = 0; i < LANES; i++) v[i] = from + i;
-    return v;
-}
+// The rows that the queries of a block see; queries behind the last see nothing.
+struct Span {
+    int32_t first[QUERIES], last[QUERIES];
 
-// The first row that each query of a block sees; queries behind the last see nothing.
-void block_firsts(const Shape& s, int64_t b, int64_t q0, int32_t* firsts) {
-    for (int64_t i = 0; i < QUERIES; i++)
-        firsts[i] = q0 + i < s.tokens ? s.first[b * s.tokens + q0 + i] : INT32_MAX;
-}
-
-// Hides the scores (rows r0 and on, queries q0 and on) of keys that a query does not see.
-void hide(const Shape& s, const int32_t* firsts, int64_t q0, int64_t r0, int64_t rows, float* scores) {
-    if (q0 + QUERIES <= s.tokens && firsts[QUERIES - 1] <= r0 && r0 + rows <= q0 + 1) return;  // all are seen
-    for (int64_t j = 0; j < QUERIES; j += LANES) {
-        Ints first = load(firsts + j), query = counted(q0 + j);
-        for (int64_t r = 0; r < rows; r++) {
-            float* p = scores + r * QUERIES + j;
-            Ints row = Ints{} + int32_t(r0 + r);
-            store(p, (first <= row) & (row <= query) ? load(p) : Floats{} + HIDDEN);
+    Span(const Shape& s, int64_t b, int64_t q0) {
+        for (int64_t i = 0; i < QUERIES; i++) {
+            const bool real = q0 + i < s.tokens;
+            first[i] = real ? s.first[b * s.tokens + q0 + i] : INT32_MAX;
+            last[i] = real ? s.last[b * s.tokens + q0 + i] : -1;
         }
     }
-}
+
+    // Hides the scores (rows r0 and on) of keys that a query does not see.
+    void hide(int64_t r0, int64_t rows, float* scores) const {
+        if (first[QUERIES - 1] <= r0 && r0 + rows - 1 <= last[0]) return;  // all are seen
+        for (int64_t j = 0; j < QUERIES; j += LANES) {
+            const Ints from = load(first + j), to = load(last + j);
+            for (int64_t r = 0; r < rows; r++) {
+                float* p = scores + r * QUERIES + j;
+                const Ints row = Ints{} + int32_t(r0 + r);
+                store(p, (from <= row) & (row <= to) ? load(p) : Floats{} + HIDDEN);
+            }
+        }
+    }
+};
 
 template <class U, class T>
 void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse) {
     typedef typename U::Unit Unit;
     constexpr int64_t W = U::WIDTH, Q = QUERIES;
     const int64_t C = s.size, D = C / W;  // D: a row's units
-    const int64_t group = s.heads / s.kv_heads, padded = up(s.tokens, KEYS), blocks = up(s.tokens, Q) / Q;
+    const int64_t group = s.heads / s.kv_heads, padded = up(s.keys, KEYS), blocks = up(s.tokens, Q) / Q;
     const float scale = LOG2_E / std::sqrt(float(C));
     Memory<Unit> keys(s.batch * s.kv_heads * padded * D), values(s.batch * s.kv_heads * padded * D);
 #pragma omp parallel num_threads(s.threads)
@@ -91,8 +92,8 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s.batch * s.kv_heads; i++) {
             int64_t b = i / s.kv_heads, head = i % s.kv_heads;
-            pack_rows<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys + i * padded * D);
-            pack_channels<U>(v.at<T>(b, head), v.token_step, s.tokens, padded, C, values + i * padded * D);
+            pack_rows<U>(k.at<T>(b, head), k.token_step, s.keys, padded, C, keys + i * padded * D);
+            pack_channels<U>(v.at<T>(b, head), v.token_step, s.keys, padded, C, values + i * padded * D);
         }
         Memory<Unit> query(D * Q), weights(KEYS / W * Q);
         Memory<float> scores(KEYS * Q), sums(C * Q);
@@ -102,18 +103,17 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
             int64_t q0 = (blocks - 1 - item % blocks) * Q, count = std::min(Q, s.tokens - q0);  // the longest first
             const Unit *k_head = keys + (b * s.kv_heads + head / group) * padded * D;
             const Unit *v_head = values + (b * s.kv_heads + head / group) * padded * D;
-            int32_t firsts[Q];
             float top[Q], total[Q], shrink[Q];
-            block_firsts(s, b, q0, firsts);
+            const Span span(s, b, q0);
             pack_rows_across<U>(q.at<T>(b, head) + q0 * q.token_step, q.token_step, count, Q, C, query);
             std::fill_n(top, Q, LEAST);
             std::fill_n(total, Q, 0.0f);
             std::fill_n((float*)sums, C * Q, 0.0f);
-            const int64_t end = up(q0 + count, ROWS);
-            for (int64_t r0 = down(firsts[0], ROWS); r0 < end; r0 += KEYS) {
+            const int64_t end = up(span.last[count - 1] + 1, ROWS);
+            for (int64_t r0 = down(span.first[0], ROWS); r0 < end; r0 += KEYS) {
                 int64_t rows = std::min(KEYS, end - r0);
                 product<U>(rows, Q, k_head + r0 * D, D, query, Q, scores, Q, D, false);
-                hide(s, firsts, q0, r0, rows, scores);
+                span.hide(r0, rows, scores);
                 bool shrinks = false;
                 for (int64_t j = 0; j < Q; j += LANES) {
                     Floats before = load(top + j), most = before;
@@ -159,9 +159,10 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
     typedef typename U::Unit Unit;
     typedef typename U::Element Element;
     constexpr int64_t W = U::WIDTH, Q = QUERIES;
-    const int64_t C = s.size, D = C / W, group = s.heads / s.kv_heads, padded = up(s.tokens, KEYS);
+    const int64_t C = s.size, D = C / W, group = s.heads / s.kv_heads, padded = up(s.tokens, Q);
+    const int64_t padded_keys = up(s.keys, KEYS);
     const float root = 1.0f / std::sqrt(float(C)), scale = LOG2_E * root;
-    const int64_t kv_units = s.batch * s.kv_heads * padded * D, parts = s.batch * s.heads * padded * C;
+    const int64_t kv_units = s.batch * s.kv_heads * padded_keys * D, parts = s.batch * s.heads * padded_keys * C;
     Memory<Unit> keys(kv_units), keys_across(kv_units), values(kv_units);
     Memory<float> part_k(parts), part_v(parts);  // of each query head; summed over its group at the end
 #pragma omp parallel num_threads(s.threads)
@@ -169,9 +170,9 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s.batch * s.kv_heads; i++) {
             int64_t b = i / s.kv_heads, head = i % s.kv_heads;
-            pack_rows<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys + i * padded * D);
-            pack_channels<U>(k.at<T>(b, head), k.token_step, s.tokens, padded, C, keys_across + i * padded * D);
-            pack_rows<U>(v.at<T>(b, head), v.token_step, s.tokens, padded, C, values + i * padded * D);
+            pack_rows<U>(k.at<T>(b, head), k.token_step, s.keys, padded_keys, C, keys + i * padded_keys * D);
+            pack_channels<U>(k.at<T>(b, head), k.token_step, s.keys, padded_keys, C, keys_across + i * padded_keys * D);
+            pack_rows<U>(v.at<T>(b, head), v.token_step, s.keys, padded_keys, C, values + i * padded_keys * D);
         }
         Memory<Unit> query(padded * D), query_across(padded * D), dy(padded * D), dy_across(padded * D);
         Memory<Unit> weights(KEYS * Q / W), slopes(KEYS * Q / W), slopes_across(KEYS * Q / W);
@@ -179,8 +180,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < s.batch * s.heads; item++) {
             int64_t b = item / s.heads, head = item % s.heads, kv = b * s.kv_heads + head / group;
-            const Unit *k_head = keys + kv * padded * D, *k_head_across = keys_across + kv * padded * D;
-            const Unit* v_head = values + kv * padded * D;
+            const Unit *k_head = keys + kv * padded_keys * D, *k_head_across = keys_across + kv * padded_keys * D;
+            const Unit* v_head = values + kv * padded_keys * D;
             const T *q_rows = q.at<T>(b, head), *y_rows = out.at<T>(b, head), *dy_rows = grad.at<T>(b, head);
             pack_rows_across<U>(q_rows, q.token_step, s.tokens, padded, C, query);
             pack_channels<U>(q_rows, q.token_step, s.tokens, padded, C, query_across);
@@ -197,21 +198,22 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                 dots[t] = products[0];
             }
             std::fill_n((float*)sums_q, padded * C, 0.0f);
-            const int32_t* first = s.first + b * s.tokens;
-            for (int64_t k0 = 0; k0 < s.tokens; k0 += KEYS) {
-                float *sums_k = part_k + (item * padded + k0) * C, *sums_v = part_v + (item * padded + k0) * C;
+            const int32_t *first = s.first + b * s.tokens, *last = s.last + b * s.tokens;
+            for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
+                float *sums_k = part_k + (item * padded_keys + k0) * C, *sums_v = part_v + (item * padded_keys + k0) * C;
                 std::fill_n(sums_k, KEYS * C, 0.0f);
                 std::fill_n(sums_v, KEYS * C, 0.0f);
-                const int64_t k1 = std::min(k0 + KEYS, s.tokens);
+                const int64_t k1 = std::min(k0 + KEYS, s.keys);
                 const int64_t until = std::upper_bound(first, first + s.tokens, int32_t(k1 - 1)) - first;
-                for (int64_t q0 = k0; q0 < until; q0 += Q) {
-                    int32_t firsts[Q];
-                    block_firsts(s, b, q0, firsts);
-                    int64_t r0 = std::max(k0, down(firsts[0], ROWS)), rows = up(std::min(k1, q0 + Q), ROWS) - r0;
+                const int64_t since = std::lower_bound(last, last + s.tokens, int32_t(k0)) - last;
+                for (int64_t q0 = down(since, Q); q0 < until; q0 += Q) {
+                    const Span span(s, b, q0);
+                    const int64_t seen = last[std::min(q0 + Q, s.tokens) - 1] + 1;
+                    const int64_t r0 = std::max(k0, down(span.first[0], ROWS)), rows = up(std::min(k1, seen), ROWS) - r0;
                     if (rows <= 0) continue;
                     product<U>(rows, Q, k_head + r0 * D, D, query + q0 * D, Q, scores, Q, D, false);
                     product<U>(rows, Q, v_head + r0 * D, D, dy + q0 * D, Q, inner, Q, D, false);
-                    hide(s, firsts, q0, r0, rows, scores);
+                    span.hide(r0, rows, scores);
                     for (int64_t j = 0; j < Q; j += LANES) {
                         Floats log_sum = load(log_sums + q0 + j), dot = load(dots + q0 + j);
                         for (int64_t r = 0; r < rows; r += W) {
@@ -238,14 +240,14 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.batch * s.kv_heads * s.tokens; i++) {
-            int64_t t = i % s.tokens, kv = i / s.tokens, b = kv / s.kv_heads, head = kv % s.kv_heads;
+        for (int64_t i = 0; i < s.batch * s.kv_heads * s.keys; i++) {
+            int64_t t = i % s.keys, kv = i / s.keys, b = kv / s.kv_heads, head = kv % s.kv_heads;
             T* to_k = grad_k.at<T>(b, head) + t * grad_k.token_step;
             T* to_v = grad_v.at<T>(b, head) + t * grad_v.token_step;
             for (int64_t c = 0; c < C; c++) {
                 float sum_k = 0, sum_v = 0;
                 for (int64_t g = 0; g < group; g++) {
-                    int64_t from = ((b * s.heads + head * group + g) * padded + t) * C + c;
+                    int64_t from = ((b * s.heads + head * group + g) * padded_keys + t) * C + c;
                     sum_k += part_k[from];
                     sum_v += part_v[from];
                 }

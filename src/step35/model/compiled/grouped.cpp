@@ -79,20 +79,24 @@ void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w, boo
     const int64_t talls = up(g.outs, TALL) / TALL, wides = up(g.ins, WIDE) / WIDE, W = U::WIDTH;
 #pragma omp parallel num_threads(g.threads)
     {
-        Memory<Unit> across(SUMMED / W * TALL), panel(SUMMED / W * COLUMNS);
+        Memory<Unit> across(SUMMED / W * TALL), panels(SUMMED / W * WIDE);
         Memory<float> sums(TALL * WIDE);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < g.experts * talls * wides; item++) {
             const int64_t e = item / (talls * wides), row = item / wides % talls * TALL, column = item % wides * WIDE;
             const int64_t height = std::min(TALL, g.outs - row), width = std::min(WIDE, g.ins - column);
-            std::fill_n((float*)sums, TALL * WIDE, 0.0f);
+            std::fill_n((float*)sums, height * WIDE, 0.0f);
             for (int64_t r0 = g.begin(e); r0 < g.ends[e]; r0 += SUMMED) {
                 const int64_t rows = std::min(SUMMED, g.ends[e] - r0), padded = up(rows, W);
                 pack_channels<U>(grad + r0 * g.outs + row, g.outs, rows, padded, height, across);
+                for (int64_t t = 0; t < padded; t += W)  // row by row through memory, into panels of COLUMNS
+                    for (int64_t j = 0; j < width; j += COLUMNS)
+                        pack_channels<U>(x + (r0 + t) * g.ins + column + j, g.ins, std::min(W, rows - t), W,
+                                         std::min(COLUMNS, width - j), panels + (j * SUMMED + t * COLUMNS) / W);
                 for (int64_t j = 0; j < width; j += COLUMNS) {
                     const int64_t count = std::min(COLUMNS, width - j);
-                    pack_channels<U>(x + r0 * g.ins + column + j, g.ins, rows, padded, count, panel);
-                    product<U, true>(height, count, across, height, panel, count, sums + j, WIDE, padded / W, true);
+                    product<U, true>(height, count, across, height, panels + j * SUMMED / W, COLUMNS, sums + j, WIDE,
+                                     padded / W, true);
                 }
             }
             for (int64_t i = 0; i < height; i++)
