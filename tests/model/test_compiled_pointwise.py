@@ -18,7 +18,7 @@ from torch import Tensor
 from step35.model.attention import gate
 from step35.model.compiled import library
 from step35.model.compiled.grouped import Grouped, add_product, fits_grouped
-from step35.model.compiled.pointwise import Combine, Dispatch
+from step35.model.compiled.pointwise import Combine, Dispatch, squares
 from step35.model.context import Context
 from step35.model.experts import Experts
 from step35.model.mlp import swiglu
@@ -191,6 +191,13 @@ def test_a_logit_that_is_no_number_shows_in_the_loss(bad: float) -> None:
     h, weight = random(20, 16), random(32, 16, seed=1)
     weight[7, 3] = bad
     assert not summed_cross_entropy(h.requires_grad_(), weight, torch.zeros(20, dtype=torch.long)).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_rows(dtype: torch.dtype) -> None:
+    x = random(77, 48).to(dtype)
+    x[3, 5] = torch.inf
+    torch.testing.assert_close(squares(x), x.double().square().sum(-1).float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

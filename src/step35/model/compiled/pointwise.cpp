@@ -131,6 +131,12 @@ void turned_grad(const Turned& s, const T* x, const float* weight_q, const float
         }
 }
 
+// y[n] = the sum of the squares of row n.
+template <class T> void squares(const T* x, int64_t rows, int64_t size, float* y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < rows; n++) y[n] = dot(x + n * size, x + n * size, size);
+}
+
 // y = x sigmoid(z), z one number for each head of C channels.
 template <class T> void gated(const T* x, const T* z, int64_t heads, int64_t size, T* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -254,6 +260,8 @@ BOTH(turned_grad, (const void* x, const float* q, const float* k, const void* co
                    const void* grad_k, const void* grad_v, void* grad_x, float* sums, int threads),
      turned_grad({rows, heads, kv_heads, size, half, eps, threads}, (const T*)x, q, k, (const T*)cosines,
                  (const T*)sines, (const T*)grad_q, (const T*)grad_k, (const T*)grad_v, (T*)grad_x, sums))
+BOTH(squares, (const void* x, int64_t rows, int64_t size, float* y, int threads),
+     squares((const T*)x, rows, size, y, threads))
 BOTH(gated, (const void* x, const void* z, int64_t heads, int64_t size, void* y, int threads),
      gated((const T*)x, (const T*)z, heads, size, (T*)y, threads))
 BOTH(gated_grad, (const void* x, const void* z, const void* grad, int64_t heads, int64_t size, void* grad_x,

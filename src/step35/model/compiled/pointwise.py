@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step35.model.compiled.library import call
+from step35.model.compiled.library import call, fits
 
 CHUNK = 128
 """Rows whose gradients of a weight are summed together, as in `pointwise.cpp`."""
@@ -21,6 +21,15 @@ CHUNK = 128
 
 def _chunks(rows: int, *shape: int) -> Tensor:
     return torch.zeros(-(-rows // CHUNK), *shape)
+
+
+def squares(x_RD: Tensor) -> Tensor:
+    """Return the sum of each row's squares (R,), fp32, without gradient."""
+    if not fits(x_RD):
+        return torch.linalg.vector_norm(x_RD, dim=-1, dtype=torch.float32).square()
+    y_R = torch.empty(len(x_RD))
+    call("squares", x_RD.contiguous(), *x_RD.shape, y_R)
+    return y_R
 
 
 class Norm(torch.autograd.Function):

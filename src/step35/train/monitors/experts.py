@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step35.model.compiled.pointwise import squares
 from step35.model.context import RoutedRows, Routing
 from step35.train.monitors.clipping import EVERY, clipped_share
 from step35.train.monitors.measure import Measure
@@ -98,8 +99,7 @@ whose clipping is looked at: share clipped, 1."""
 
 def expert_sums(rows: RoutedRows, clip: float, real_N: Tensor | None, experts: int) -> Tensor:
     """Return one layer's sums (E, 5) in fp32; `real_N` leaves out the rows of padding tokens."""
-    square_R = torch.linalg.vector_norm(rows.active_RI, dim=-1, dtype=torch.float32).square()
-    output_R = torch.linalg.vector_norm(rows.out_RD, dim=-1, dtype=torch.float32).square()
+    square_R, output_R = squares(rows.active_RI), squares(rows.out_RD)
     clipped_R, looked_R = torch.zeros_like(square_R), torch.zeros_like(square_R)
     if clip > 0:
         clipped_R[::EVERY] = clipped_share(rows.hidden_R2I[::EVERY], clip)
