@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from step35.model import attention_kernels as plain
 from step35.model.compiled import library
 from step35.model.compiled.attention import attend_spans
+from step35.model.compiled.grouped import Grouped
 from step35.model.context import Context
+from step35.runtime import compiled as builder
 from step35.runtime.compiled import find_compiler
+from step35.runtime.machine import cpu_flags
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 
@@ -141,6 +145,31 @@ def test_any_spans(data: st.DataObject, keys: int, queries: int) -> None:
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("march", "flag"), [("x86-64-v3", "avx2"), ("x86-64-v4", "avx512bw")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_built_for_lesser_cpus(
+    march: str, flag: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # 8 lanes, and 16 without products of bf16 pairs.
+    if flag not in cpu_flags():
+        pytest.skip(f"needs a CPU with {flag}")
+    flags = [f"-march={march}" if flag == "-march=native" else flag for flag in builder.FLAGS]
+    monkeypatch.setattr(builder, "FLAGS", tuple(flags))
+    monkeypatch.setattr(builder, "cache_folder", lambda: tmp_path)
+    made = library.Libraries(*(builder.load_library.__wrapped__(source, "a test") for source in library.SOURCES))
+    monkeypatch.setattr(library, "libraries", lambda: made)
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor([70, 1, 129]))[None]
+    for window in (None, 33):
+        qkv = heads(1, 200, 6, 2, 48, dtype)
+        pairs = zip(*(run(qkv, 6, segments, window, reference) for reference in (False, True)), strict=True)
+        assert max(error(*pair) for pair in pairs) < (1e-6 if dtype == torch.float32 else 5e-3)
+    rows, weight = heads(1, 90, 1, 0, 64, dtype)[0, :, 0], heads(3, 48, 1, 0, 64, dtype, seed=1)[:, :, 0].contiguous()
+    ours = Grouped.apply(rows, weight, torch.tensor([33, 33, 90]).int())
+    exact = torch.cat([rows[:33].double() @ weight[0].double().T, rows[33:].double() @ weight[2].double().T])
+    assert error(ours, exact) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 def test_what_does_not_fit_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,8 +156,10 @@ def test_fp32_matrices_multiply_bf16_rows_and_get_fp32_gradients() -> None:
     direction = random(90, 48, seed=2).bfloat16()
     y.backward(direction)
     assert (y.dtype, leaf.grad.dtype) == (torch.bfloat16, torch.float32)
-    assert torch.equal(y, Grouped.apply(rows, weight.bfloat16(), ends))
     for e, (start, end) in enumerate([(0, 33), (33, 33), (33, 90)]):
+        torch.testing.assert_close(
+            y[start:end].double(), rows[start:end].double() @ weight[e].double().T, rtol=2e-2, atol=5e-2
+        )
         exact = direction[start:end].double().T @ rows[start:end].double()
         torch.testing.assert_close(leaf.grad[e].double(), exact, rtol=1e-5, atol=1e-5)
 

@@ -1,8 +1,8 @@
 // Softmax attention over a span of keys for each query, forward and backward, on a CPU.
 //
 // The query at row t of a sequence sees the keys at rows first[t] to last[t], and neither ever falls: causal attention,
-// windows, packed documents and caches, whose hidden keys cost nothing but the corners of blocks. Scores exist a block at a
-// time, as (keys, queries): what belongs to a query (maximum, sum, log-sum-exp) is then a vector over columns, and
+// windows, packed documents and caches, whose hidden keys cost nothing but the corners of blocks. Scores exist a block
+// at a time, as (keys, queries): what belongs to a query (maximum, sum, log-sum-exp) is then a vector over columns, and
 // nothing is ever summed across a vector. Sums are fp32, in an order that depends on shapes alone: the number of
 // threads changes no bit.
 //
@@ -37,9 +37,6 @@ INLINE Floats exp2(Floats x) {
     Floats y = (Floats)((Ints)p + ((Ints)shifted << 23));
     return x < -126.0f ? Floats{} : y;
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Attention.
 
 struct Shape {
     int64_t batch, tokens, keys, heads, kv_heads, size;
@@ -200,7 +197,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             std::fill_n((float*)sums_q, padded * C, 0.0f);
             const int32_t *first = s.first + b * s.tokens, *last = s.last + b * s.tokens;
             for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
-                float *sums_k = part_k + (item * padded_keys + k0) * C, *sums_v = part_v + (item * padded_keys + k0) * C;
+                float* sums_k = part_k + (item * padded_keys + k0) * C;
+                float* sums_v = part_v + (item * padded_keys + k0) * C;
                 std::fill_n(sums_k, KEYS * C, 0.0f);
                 std::fill_n(sums_v, KEYS * C, 0.0f);
                 const int64_t k1 = std::min(k0 + KEYS, s.keys);
@@ -209,7 +207,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                 for (int64_t q0 = down(since, Q); q0 < until; q0 += Q) {
                     const Span span(s, b, q0);
                     const int64_t seen = last[std::min(q0 + Q, s.tokens) - 1] + 1;
-                    const int64_t r0 = std::max(k0, down(span.first[0], ROWS)), rows = up(std::min(k1, seen), ROWS) - r0;
+                    const int64_t r0 = std::max(k0, down(span.first[0], ROWS));
+                    const int64_t rows = up(std::min(k1, seen), ROWS) - r0;
                     if (rows <= 0) continue;
                     product<U>(rows, Q, k_head + r0 * D, D, query + q0 * D, Q, scores, Q, D, false);
                     product<U>(rows, Q, v_head + r0 * D, D, dy + q0 * D, Q, inner, Q, D, false);

@@ -3,7 +3,8 @@
 // Libraries prepare a product for its shape, and experts have new shapes in every pass. Here nothing depends on how
 // many rows an expert has. Each output is summed in one order, so threads change no bit.
 //
-// E experts, R rows sorted by expert; w (E, outs, ins) may be fp32 where rows are bf16, and is rounded on the way.
+// E experts, R rows sorted by expert; w (E, outs, ins) may be fp32 where rows are bf16, and is rounded as it is packed
+// where bf16 is multiplied as such.
 
 #include <omp.h>
 
@@ -57,18 +58,20 @@ void rows_product(const Grouped& g, int64_t outs, int64_t ins, const T* x, T* y,
 
 template <class T, class S> void forward(const Grouped& g, const T* x, const S* w, T* y) {
     typedef typename UnitsOf<T>::Units U;
-    rows_product<U>(g, g.outs, g.ins, x, y, [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
+    auto pack = [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
         pack_rows_across<U>(w + (e * g.outs + column) * g.ins, g.ins, count, count, g.ins, out);
         return COLUMNS;
-    });
+    };
+    rows_product<U>(g, g.outs, g.ins, x, y, pack);
 }
 
 template <class T, class S> void backward_rows(const Grouped& g, const T* grad, const S* w, T* grad_x) {
     typedef typename UnitsOf<T>::Units U;
-    rows_product<U>(g, g.ins, g.outs, grad, grad_x, [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
+    auto pack = [&](int64_t e, int64_t column, int64_t count, typename U::Unit* out) {
         pack_channels<U>(w + e * g.outs * g.ins + column, g.ins, g.outs, g.outs, count, out);
         return count;
-    });
+    };
+    rows_product<U>(g, g.ins, g.outs, grad, grad_x, pack);
 }
 
 // grad_w[e] (outs, ins) = grad^T x over the expert's rows, or that added to it.

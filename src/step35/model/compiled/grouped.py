@@ -31,7 +31,7 @@ def fits_grouped(rows: Tensor, weight: Tensor) -> bool:
 class Grouped(torch.autograd.Function):
     """rows (R, ins) times weight[e]^T (outs, ins), e as ends_E (int32) say: where each expert's rows end.
 
-    Matrices may be fp32 where rows are bf16: they are rounded on the way, and their gradient is not.
+    Matrices may be fp32 where rows are bf16: their gradient is fp32 then.
     """
 
     @staticmethod

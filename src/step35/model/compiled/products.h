@@ -46,7 +46,9 @@ struct Pair {
         narrow(x, &y);
         return y;
     }
-    template <class T> static INLINE Unit unit(const T* x) { return uint32_t(element(x[0])) | uint32_t(element(x[1])) << 16; }
+    template <class T> static INLINE Unit unit(const T* x) {
+        return uint32_t(element(x[0])) | uint32_t(element(x[1])) << 16;
+    }
     static INLINE Floats add(Floats sum, Unit a, Floats b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
     }
@@ -130,7 +132,8 @@ void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, i
     for (int64_t t0 = 0; t0 < padded; t0 += LANES)
         for (int64_t c = 0; c < size / W; c++)
             for (int64_t t = t0; t < t0 + LANES; t++)
-                out[(t / COLUMNS * size / W + c) * COLUMNS + t % COLUMNS] = t < count ? U::unit(x + t * step + c * W) : 0;
+                out[(t / COLUMNS * size / W + c) * COLUMNS + t % COLUMNS] =
+                    t < count ? U::unit(x + t * step + c * W) : 0;
 }
 
 // A channel's units hold neighbouring rows: (T, C).
@@ -148,7 +151,8 @@ void pack_channels(const T* x, int64_t step, int64_t count, int64_t padded, int6
         } else
             for (int64_t c = 0; c < size; c++)
                 for (int64_t w = 0; w < W; w++)
-                    to[t * size + c * W + w] = t + w < count ? U::element(x[(t + w) * step + c]) : typename U::Element(0);
+                    to[t * size + c * W + w] =
+                        t + w < count ? U::element(x[(t + w) * step + c]) : typename U::Element(0);
 }
 
 }  // namespace
