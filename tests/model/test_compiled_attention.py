@@ -119,6 +119,21 @@ def test_hidden_keys_change_nothing() -> None:
     assert torch.equal(((before != after).any(-1).any(-1))[0], (rows >= 40) & (rows < 60))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_no_number_stays_no_number(part: str, dtype: torch.dtype) -> None:
+    qkv = heads(1, 150, 2, 1, 16, dtype)
+    qkv[0, 70, {"query": 0, "key": 2, "value": 3}[part], 3] = torch.nan
+    y = attend_spans(*qkv.split([2, 1, 1], dim=2), *plain.spans(torch.zeros(1, 150, dtype=torch.long), 20))
+    bad = y.isnan().any(-1)[0]
+    if part == "query":
+        assert bad.nonzero().tolist() == [[70, 0]]
+    else:
+        assert bad[70:90].all()  # those that see the key; neighbours may follow, since 0 times NaN is NaN
+        assert not bad[:32].any()
+        assert not bad[128:].any()
+
+
 def test_the_first_row_seen_is_the_later_of_document_and_window() -> None:
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]])
     for window, first in ((None, [0, 0, 0, 3, 3, 3, 3, 7]), (2, [0, 0, 1, 3, 3, 4, 5, 7])):
