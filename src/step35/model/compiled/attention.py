@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step35.model.compiled.library import libraries
+from step35.model.compiled.library import loaded
 
 
 class CShape(Structure):
@@ -60,9 +60,7 @@ def _call(name: str, heads: tuple[Tensor, ...], sums_BHT: Tensor, first_BT: Tens
     spans = first_BT.data_ptr(), last_BT.data_ptr()
     shape = CShape(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], *spans, torch.get_num_threads())
     views = (CHeads * len(heads))(*(CHeads(x.data_ptr(), *x.stride()[:3]) for x in heads))
-    library = libraries()
-    assert library is not None
-    getattr(library.attention, name)(
+    getattr(loaded().attention, name)(
         byref(shape), c_int(q.dtype == torch.bfloat16), views, c_void_p(sums_BHT.data_ptr())
     )
 

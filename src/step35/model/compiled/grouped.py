@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step35.model.compiled.library import MULTIPLE, fits, libraries
+from step35.model.compiled.library import MULTIPLE, fits, loaded
 
 
 class CGrouped(Structure):
@@ -57,15 +57,11 @@ def add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     ends = torch.tensor([len(rows)], dtype=torch.int32)
     shape = CGrouped(1, *total.shape, ends.data_ptr(), torch.get_num_threads())
     pointers = [c_void_p(x.data_ptr()) for x in (rows, grad, total)]
-    library = libraries()
-    assert library is not None
-    library.grouped.add_product(byref(shape), c_int(rows.dtype == torch.bfloat16), *pointers)
+    loaded().grouped.add_product(byref(shape), c_int(rows.dtype == torch.bfloat16), *pointers)
 
 
 def _call(name: str, rows: Tensor, weight: Tensor, ends_E: Tensor, *others: Tensor | None) -> None:
     shape = CGrouped(*weight.shape, ends_E.data_ptr(), torch.get_num_threads())
     types = [c_int(x.dtype == torch.bfloat16) for x in (rows, weight)]
     pointers = [c_void_p(None if x is None else x.data_ptr()) for x in (rows, weight, *others)]
-    library = libraries()
-    assert library is not None
-    getattr(library.grouped, name)(byref(shape), *types, *pointers)
+    getattr(loaded().grouped, name)(byref(shape), *types, *pointers)

@@ -38,11 +38,16 @@ def fits(x: Tensor) -> bool:
     return plain and x.shape[-1] % MULTIPLE == 0 and x.numel() > 0 and libraries() is not None
 
 
+def loaded() -> Libraries:
+    """Return the libraries, for callers that know that a tensor `fits`."""
+    made = libraries()
+    assert made is not None
+    return made
+
+
 def call(name: str, x: Tensor, *args: Any) -> None:
     """Call the pointwise kernel `name` in x's dtype, x first; tensors go as pointers, the number of threads last."""
-    library = libraries()
-    assert library is not None
-    function = getattr(library.pointwise, f"{name}_{str(x.dtype).removeprefix('torch.')}")
+    function = getattr(loaded().pointwise, f"{name}_{str(x.dtype).removeprefix('torch.')}")
     function(*map(_argument, (x, *args)), c_int(torch.get_num_threads()))
 
 
