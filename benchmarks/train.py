@@ -1,9 +1,9 @@
 """Speed of whole training steps: ours beside transformers' text model with torch's optimisers, in one run.
 
 Both start from the same weights and take the same batches, without MTP, in fp32 or bf16. Ours is `Learner.update`: Muon
-with Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts, in bf16
-with fp32 masters. Theirs is the loss transformers computes, clipping, and `torch.optim.Muon`, which takes 2-D matrices
-only, in two ways:
+with Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts (and with
+--dtype bfloat16 fp32 masters, which theirs do without). Theirs is the loss transformers computes, clipping, and
+`torch.optim.Muon`, which takes 2-D matrices only, in two ways:
 
     experts by AdamW   what it can do as it is: the stacked experts (3-D) go to AdamW
     experts by slices  the experts' slices as parameters of their own, one after the other: about our work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,14 @@ def make_model() -> Callable[..., Step35]:
         return model
 
     return make
+
+
+@pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """Give torch its number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ from step35.runtime.compiled import find_compiler
 from step35.runtime.machine import cpu_flags
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def heads(batch: int, tokens: int, query: int, kv: int, size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -95,7 +87,7 @@ def test_any_documents_and_windows(lengths: list[int], window: int | None, group
     assert max(error(*pair) for pair in pairs) < 2e-6 * max(1, scale**2)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("keep_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_threads_nor_neighbours_change_a_bit(dtype: torch.dtype) -> None:
     qkv = heads(3, 150, 6, 2, 32, dtype)

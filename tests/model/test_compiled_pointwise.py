@@ -6,7 +6,7 @@ gradients compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -30,13 +30,6 @@ from step35.train.loss import summed_cross_entropy
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 Function = Callable[..., Tensor]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -95,6 +88,7 @@ def test_kernels_equal_torch(name: str, dtype: torch.dtype, make_model: Callable
         assert float((a.double() - b).norm() / b.norm()) < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("keep_threads")
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_change_no_bit(name: str, make_model: Callable[..., Step35]) -> None:
     function, inputs = cases(make_model)[name]

@@ -109,6 +109,22 @@ template <int COUNT> INLINE void sum(Floats* v) {
     v[0] = combine<LANES / 2, COUNT>(v[0], [](Floats a, Floats b) { return a + b; });
 }
 
+INLINE float total(Floats v) {
+    sum<1>(&v);
+    return v[0];
+}
+
+// Of rows whose size is a multiple of LANES: calls f with the place of each vector.
+template <class F> INLINE void each(int64_t size, F f) {
+    for (int64_t i = 0; i < size; i += LANES) f(i);
+}
+
+template <class T, class S> INLINE float dot(const T* a, const S* b, int64_t size) {
+    Floats sums = {};
+    each(size, [&](int64_t i) { sums += load(a + i) * load(b + i); });
+    return total(sums);
+}
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
     uint32_t bits = uint32_t(x) << 16;

@@ -102,10 +102,9 @@ inline float sum_of_exponentials(const float* y, int64_t size, float top) {
     Floats sums = {};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) sums += exponential(load(y + i) - top);
-    sum<1>(&sums);
-    float total = sums[0];
-    for (; i < size; i++) total += exponential(y[i] - top);
-    return total;
+    float all = total(sums);
+    for (; i < size; i++) all += exponential(y[i] - top);
+    return all;
 }
 
 // Calls f with a pointer of the matrix's type.
@@ -409,8 +408,7 @@ struct Pass {
         int64_t d = 0;
         for (; d + LANES <= size; d += LANES) squares += load(x + d) * load(x + d);
         if (d < size) squares += load_some(x + d, size - d) * load_some(x + d, size - d);
-        sum<1>(&squares);
-        float scale = 1.0f / std::sqrt(squares[0] / size + model.eps);
+        float scale = 1.0f / std::sqrt(total(squares) / size + model.eps);
         typed(weight.type, weight.data, [&](auto* w) {
             for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * (1.0f + widen(w[i]));
         });

@@ -187,13 +187,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             std::fill_n((float*)log_sums, padded, 0.0f);
             std::fill_n((float*)dots, padded, 0.0f);
             std::copy_n(lse + item * s.tokens, s.tokens, (float*)log_sums);
-            for (int64_t t = 0; t < s.tokens; t++) {
-                Floats products = {};
-                for (int64_t c = 0; c < C; c += LANES)
-                    products += load(dy_rows + t * grad.token_step + c) * load(y_rows + t * out.token_step + c);
-                sum<1>(&products);
-                dots[t] = products[0];
-            }
+            for (int64_t t = 0; t < s.tokens; t++)
+                dots[t] = dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C);
             std::fill_n((float*)sums_q, padded * C, 0.0f);
             const int32_t *first = s.first + b * s.tokens, *last = s.last + b * s.tokens;
             for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
@@ -214,12 +209,12 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     product<U>(rows, Q, v_head + r0 * D, D, dy + q0 * D, Q, inner, Q, D, false);
                     span.hide(r0, rows, scores);
                     for (int64_t j = 0; j < Q; j += LANES) {
-                        Floats log_sum = load(log_sums + q0 + j), dot = load(dots + q0 + j);
+                        Floats log_sum = load(log_sums + q0 + j), inner_dy = load(dots + q0 + j);
                         for (int64_t r = 0; r < rows; r += W) {
                             Floats slope[2];
                             for (int i = 0; i < W; i++) {
                                 Floats weight = exp2(load(scores + (r + i) * Q + j) * scale - log_sum);
-                                slope[i] = weight * (load(inner + (r + i) * Q + j) - dot);
+                                slope[i] = weight * (load(inner + (r + i) * Q + j) - inner_dy);
                                 U::put((Element*)(Unit*)weights + (r + i) * Q + j, weight);
                                 U::put((Element*)(Unit*)slopes + (r + i) * Q + j, slope[i]);
                             }

@@ -14,27 +14,11 @@ namespace {
 
 constexpr int64_t CHUNK = 128;
 
-INLINE float total(Floats v) {
-    sum<1>(&v);
-    return v[0];
-}
-
 // NaN stays NaN.
 INLINE Floats clipped(Floats x, Floats most) { return x > most ? most : x; }
 INLINE Floats clipped(Floats x, Floats most, Floats least) { return x < least ? least : clipped(x, most); }
 
 INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// Calls f with each vector of a row.
-template <class F> INLINE void each(int64_t size, F f) {
-    for (int64_t i = 0; i < size; i += LANES) f(i);
-}
-
-template <class T, class S> INLINE float dot(const T* a, const S* b, int64_t size) {
-    Floats sums = {};
-    each(size, [&](int64_t i) { sums += load(a + i) * load(b + i); });
-    return total(sums);
-}
 
 template <class T> INLINE float inverse_rms(const T* x, int64_t size, float eps) {
     return 1.0f / std::sqrt(dot(x, x, size) / size + eps);

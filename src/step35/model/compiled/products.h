@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int SUMS = LANES;      // vectors of sums that a tile of a product keeps in registers
-constexpr int64_t ROWS = 8;      // the rows of a product are a multiple of this,
-constexpr int64_t COLUMNS = 2 * LANES;  // and its columns are best one of this
+constexpr int SUMS = LANES;  // vectors of sums that a tile of a product keeps in registers
+constexpr int64_t ROWS = 8;  // the rows of a product are a multiple of this
+constexpr int64_t COLUMNS = 2 * LANES;  // columns that a tile takes; the last may take LANES
 
 INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
