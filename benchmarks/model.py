@@ -1,10 +1,11 @@
 """Speed of the model on this machine: ours beside transformers' text model, same weights, dtype and threads, one run.
 
-Measured at each length T, for one sequence: prefill (logits at all positions) and training (loss and gradients; no
-optimiser, no MTP) in tokens/s. The share of time spent in sliding-window attention and in all attention is found by
+Measured at each length T: prefill (logits at all positions) and training (loss and gradients; no optimiser, no MTP) in
+tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so that T changes attention alone and not how
+many rows the other products have. The share of time spent in sliding-window attention and in all attention is found by
 leaving its scores and sums out; what remains is held against the measured peak of matrix products.
 
-    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype float32] [--out FILE]
+    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype float32] [--tokens 4096] [--out FILE]
 
 The last line is JSON with the ratios; the result file holds everything, with command, commit and machine.
 """
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--tokens", type=int, default=4096, help="of a pass of several short sequences")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=20.0, help="time to spend on each measurement")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/model-PRESET-DTYPE.json")
@@ -61,7 +63,8 @@ def main() -> None:
     peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     rows = []
     for length in args.lengths:
-        tokens = torch.randint(16, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+        shape = max(1, args.tokens // length), length
+        tokens = torch.randint(16, ours.config.vocab_size, shape, generator=torch.Generator().manual_seed(length))
         row = measure(ours, theirs, tokens, args.seconds)
         row["non_attention_of_peak"] = row["non_attention_flops"] / peaks[args.dtype]
         row["non_attention_of_bfloat16_peak"] = row["non_attention_flops"] / peaks["bfloat16"]
@@ -114,8 +117,8 @@ def train_ours(model: Step35, tokens: Tensor, skipped: tuple[str, ...] = ()) -> 
     """Run one forward and backward pass."""
     context = Ablated.packed(tokens)
     context.skipped = skipped
-    h_ND = model.norm(model.trunk(tokens, context))[0, :-1]
-    (summed_cross_entropy(h_ND, model.lm_head.weight, tokens[0, 1:]) / len(h_ND)).backward()
+    h_ND = model.norm(model.trunk(tokens, context))[:, :-1].flatten(0, 1)
+    (summed_cross_entropy(h_ND, model.lm_head.weight, tokens[:, 1:].flatten()) / len(h_ND)).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -127,7 +130,7 @@ def train_theirs(model: torch.nn.Module, tokens: Tensor) -> None:
 
 def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: float) -> dict[str, float]:
     """Return tokens/s, shares and FLOP/s at one length; ours and theirs run in turn, the fastest of each counts."""
-    length = tokens.shape[1]
+    size = tokens.numel()
     with torch.inference_mode():
         output, expected = ours(tokens).logits, theirs(input_ids=tokens).logits.float()
         error = float((output - expected).norm() / expected.norm())
@@ -145,18 +148,19 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
     )
     used = active_parameters(ours.config) + ours.lm_head.weight.numel()
     return {
-        "length": length,
+        "length": tokens.shape[1],
+        "sequences": len(tokens),
         "relative_error": error,
-        "forward_tokens_per_s": length / forward,
-        "forward_tokens_per_s_transformers": length / forward_theirs,
+        "forward_tokens_per_s": size / forward,
+        "forward_tokens_per_s_transformers": size / forward_theirs,
         "forward_ratio": forward_theirs / forward,
-        "training_tokens_per_s": length / training,
-        "training_tokens_per_s_transformers": length / training_theirs,
+        "training_tokens_per_s": size / training,
+        "training_tokens_per_s_transformers": size / training_theirs,
         "training_ratio": training_theirs / training,
         "sliding_share": 1 - no_sliding / whole,
         "attention_share": 1 - no_attention / whole,
-        "sliding_s_per_token": (whole - no_sliding) / length,
-        "non_attention_flops": 6 * used * length / no_attention,
+        "sliding_s_per_token": (whole - no_sliding) / size,
+        "non_attention_flops": 6 * used * size / no_attention,
     }
 
 
@@ -185,6 +189,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
         length = int(row["length"])
         for key in ("training_ratio", "forward_ratio", "sliding_share", "non_attention_of_peak"):
             ratios[f"{key}_{length}"] = round(row[key], 3)
+        ratios[f"sliding_us_per_token_{length}"] = round(row["sliding_s_per_token"] * 1e6, 1)
     ratios["non_attention_of_bfloat16_peak"] = round(max(row["non_attention_of_bfloat16_peak"] for row in rows), 3)
     return ratios
 
@@ -201,7 +206,13 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
 
     shares = ("sliding_share", "attention_share", "non_attention_of_peak")
     shown = [
-        (f"{int(r['length']):,}", *pair(r, "forward"), *pair(r, "training"), *(f"{r[name]:.0%}" for name in shares))
+        (
+            f"{int(r['length']):,}",
+            *pair(r, "forward"),
+            *pair(r, "training"),
+            f"{r['sliding_s_per_token'] * 1e6:.0f}",
+            *(f"{r[name]:.0%}" for name in shares),
+        )
         for r in rows
     ]
     heads = [
@@ -212,6 +223,7 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
         "training tok/s",
         "theirs",
         "ratio",
+        "SWA us/token",
         "SWA",
         "attention",
         "rest of peak",

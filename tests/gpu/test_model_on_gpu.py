@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +61,35 @@ def test_gradients_of_packed_documents_equal_those_of_the_cpu(make_model: Make) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_attention_equals_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1000, 1024, 90])
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("documents", [1, 2])
+def test_attention_equals_the_reference(
+    dtype: torch.dtype, tokens: int, window: int | None, documents: int, make_model: Make
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1000, h, 64, generator=generator).cuda().to(dtype) for h in (8, 2, 2))
-    positions = torch.arange(1000, device="cuda")[None]
-    segments = (positions > 600).long()
-    same = kernels.same_document(segments, segments)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    banded = kernels.attend_banded(q, k, v, kernels.band_mask(positions, segments, 128), 128)
-    plain = kernels.attend(q, k, v, kernels.visible(positions, positions, 128) & same)
-    torch.testing.assert_close(banded, plain, rtol=tolerance, atol=tolerance)
-    documents = kernels.attend_documents(q, k, v, kernels.document_lengths(segments))
-    plain = kernels.attend(q, k, v, kernels.visible(positions, positions, None) & same)
-    torch.testing.assert_close(documents, plain, rtol=tolerance, atol=tolerance)
+    layer = replace(make_model().config.layer(0), heads=8, kv_heads=2, head_dim=64, window=window)
+    segments = (torch.arange(tokens, device="cuda")[None] * documents) // tokens
+    context = Context.packed(segments, segments)
+    seen = kernels.visible(context.positions_BT, context.positions_BT, window)
+    seen = seen & kernels.same_document(segments, segments)
+    results = []
+    for path in (partial(context.attend, layer), partial(kernels.attend, mask_BTS=seen)):
+        q, k, v = (
+            torch.randn(1, tokens, h, 64, generator=generator.manual_seed(h + i)).cuda().to(dtype).requires_grad_()
+            for i, h in enumerate((8, 2, 2))
+        )
+        y = path(q, k, v)
+        results.append([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_takes_the_fused_kernels() -> None:
+    one, two = (torch.arange(600, device="cuda")[None] // size for size in (600, 500))
+    assert Context.packed(one, one)._path(None) == "documents"
+    assert Context.packed(one, one)._path(128) == Context.packed(two, two)._path(None) == "flex"
 
 
 def test_bf16_grouped_experts_equal_one_at_a_time(make_model: Make) -> None:

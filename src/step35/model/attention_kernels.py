@@ -1,6 +1,7 @@
 """Softmax attention over explicit visibility rules: a plain reference, and two paths that leave hidden keys out.
 
-On a CPU with a compiler, `compiled/attention.py` takes the place of both.
+On a CPU with a compiler, `compiled/attention.py` takes the place of both; on a GPU, `attention_flex.py` takes that of
+the bands.
 
 A query at position p of document d sees keys at positions p-window+1..p of the same document (window None: all
 earlier ones). `attend` computes every score and masks; tests hold the other two to it. `attend_documents` runs each

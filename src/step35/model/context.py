@@ -12,9 +12,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from step35.config.model import LayerConfig
 from step35.model import attention_kernels as kernels
+from step35.model.attention_flex import attend_flex, block_mask
 from step35.model.compiled.attention import attend_spans
 from step35.model.compiled.library import fits
 from step35.model.rope import rope_table
@@ -104,6 +106,8 @@ class Context:
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
+        if path == "flex":
+            return attend_flex(q_BTHC, k_BTKC, v_BTKC, self._block_mask(layer.window))
         mask = self._mask(path, layer.window)
         if path == "banded":
             return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
@@ -126,8 +130,14 @@ class Context:
         return partial(self.observer.dense, layer, clip) if self.observer is not None and clip > 0 else None
 
     def _path(self, window: int | None) -> str:
-        """Return how to attend: in bands where a window hides keys, else by documents unless they are short."""
+        """Return how to attend: in bands where a window hides keys, else by documents unless they are short.
+
+        A GPU takes FlexAttention instead, unless all documents fit one causal call, which libraries do best.
+        """
         lengths, tokens = self._lengths(), self.positions_BT.shape[1]
+        if self.positions_BT.is_cuda:
+            one_call = len(set(lengths)) <= 1 and (window is None or max(lengths, default=0) <= window)
+            return "documents" if one_call else "flex"
         if window is not None and max(lengths, default=0) > window:
             return "banded" if tokens > kernels.band_width(window) else "packed"
         return "documents" if self.positions_BT.numel() >= max(1, kernels.SHORT_DOCUMENT * len(lengths)) else "packed"
@@ -137,6 +147,12 @@ class Context:
         key = ("spans", window)
         if key not in self._memo:
             self._memo[key] = kernels.spans(self.segments_BT, window)
+        return self._memo[key]
+
+    def _block_mask(self, window: int | None) -> BlockMask:
+        key = ("flex", window)
+        if key not in self._memo:
+            self._memo[key] = block_mask(*self._spans(window))
         return self._memo[key]
 
     def _lengths(self) -> list[int]:

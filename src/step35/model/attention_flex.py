@@ -1,0 +1,60 @@
+"""Attention on a GPU where a window or a border hides keys: torch's FlexAttention, compiled to one fused kernel.
+
+Which keys a query sees is told as in `compiled/attention.cpp`, by the first and the last row. Blocks of scores that are
+hidden whole are never computed, and in those that are seen whole nothing is masked: O(T * window) in sliding layers.
+Tests hold it to `attention_kernels.attend`, on a CPU without gradients, which torch lacks there.
+"""
+
+# B batch  T tokens  H query heads  K kv heads  C head dim  N blocks
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+"""Queries, and keys, that a block of scores has; what FlexAttention's kernels are made for."""
+
+
+def attend_flex(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: BlockMask) -> Tensor:
+    """Return softmax(q k^T / sqrt(C)) v (B, T, H, C) over what `mask` shows; C at least 16."""
+    heads_first = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
+    y: Tensor = _kernel()(*heads_first, block_mask=mask, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def block_mask(first_BT: Tensor, last_BT: Tensor) -> BlockMask:
+    """Return the mask that shows each query the rows `first_BT` to `last_BT`; neither falls within a row."""
+    tokens = first_BT.shape[1]
+    starts = torch.arange(0, tokens, BLOCK, device=first_BT.device)
+    ends = (starts + BLOCK - 1).clamp(max=tokens - 1)
+    # Queries down, keys across. What a block's first and last query see bounds what all of it see.
+    seen_BNN = (ends >= first_BT[:, starts, None]) & (starts <= last_BT[:, ends, None])
+    whole_BNN = (starts >= first_BT[:, ends, None]) & (ends <= last_BT[:, starts, None])
+
+    def shows(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first_BT[b, query]) & (key <= last_BT[b, query])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(seen_BNN & ~whole_BNN),
+        *_listed(whole_BNN),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=shows,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each block of queries the number of its blocks of keys, and those (in front), for all heads."""
+    blocks = blocks_BNN[:, None]
+    return blocks.sum(-1, dtype=torch.int32), blocks.byte().argsort(dim=-1, descending=True, stable=True).int()
+
+
+@cache
+def _kernel() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
