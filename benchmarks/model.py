@@ -5,7 +5,7 @@ tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so th
 many rows the other products have. The share of time spent in sliding-window attention and in all attention is found by
 leaving its scores and sums out; what remains is held against the measured peak of matrix products.
 
-    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype float32] [--tokens 4096] [--out FILE]
+    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--tokens 4096] [--out FILE]
 
 The last line is JSON with the ratios; the result file holds everything, with command, commit and machine.
 """
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384])
     parser.add_argument("--tokens", type=int, default=4096, help="of a pass of several short sequences")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=20.0, help="time to spend on each measurement")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/model-PRESET-DTYPE.json")
     args = parser.parse_args()
