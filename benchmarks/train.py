@@ -1,8 +1,8 @@
 """Speed of whole training steps: ours beside transformers' text model with torch's optimisers, in one run.
 
 Both start from the same weights and take the same batches, without MTP, in fp32 or bf16. Ours is `Learner.update`: Muon
-with Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts (and with
---dtype bfloat16 fp32 masters, which theirs do without). Theirs is the loss transformers computes, clipping, and
+with Polar Express for every hidden matrix, AdamW for the rest, load and activation statistics of the experts (and in
+bf16 fp32 masters, which theirs do without). Theirs is the loss transformers computes, clipping, and
 `torch.optim.Muon`, which takes 2-D matrices only, in two ways:
 
     experts by AdamW   what it can do as it is: the stacked experts (3-D) go to AdamW
@@ -11,7 +11,9 @@ with Polar Express for every hidden matrix, AdamW for the rest, load and activat
 Passes and updates are timed apart, in turn, the fastest of each counts; a step of N tokens is then N / (tokens of a
 pass) passes and one update. One real step of ours with all its passes checks the sum (`whole_step_over_sum`).
 
-    python benchmarks/train.py [--presets tiny mini] [--dtype float32] [--length 512] [--seconds 60]
+    python benchmarks/train.py [--presets tiny mini] [--dtype bfloat16] [--length 4096] [--seconds 60]
+
+Rows have 4,096 tokens unless asked otherwise, as in the report's first stages (section 4.2).
 
 Wants an idle machine. The last line is JSON with the ratios; each preset's result file holds everything.
 """
@@ -50,8 +52,8 @@ LR = 1e-4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["tiny", "mini"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--pass-tokens", type=int, default=4096, help="tokens of a forward and backward pass")
     parser.add_argument("--step-tokens", type=int, default=65536, help="tokens of a step")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each preset's measurements")
@@ -72,7 +74,7 @@ def main() -> None:
             "matmul_peak_flops": peak, "figures": row,
         }  # fmt: skip
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"train-{name}-{args.dtype}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / f"train-{name}-{args.dtype}-{args.length}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(row), flush=True)
     print(json.dumps(ratios))
 
