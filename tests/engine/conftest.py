@@ -43,12 +43,14 @@ def build(seed: int, vocab: int = VOCAB, mtp: int = 3, **settings: Any) -> Step3
     return model
 
 
-@pytest.fixture(scope="module", params=["compiled", "torch", "both"])
+@pytest.fixture(scope="module", params=["compiled", "torch", "both", "graphs"])
 def passes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a module's tests with compiled passes, with those in torch, and with both side by side in one pass."""
+    """Run a module's tests with compiled passes, in torch, with both side by side in one pass, and as graphs would."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
+        if request.param in ("torch", "graphs"):
             patch.setattr(runner.Program, "create", lambda *_: None)
+        if request.param == "graphs":
+            patch.setattr(runner.Runner, "graphs_on", ("cpu",))
         if request.param == "both":
             patch.setattr(runner, "FEW_ROWS", 3)
         yield

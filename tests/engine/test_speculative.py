@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from step35.api.sampler import Completion
 from step35.api.sampling import SamplingParams
 from step35.engine.engine import Engine
+from step35.engine.paged_context import slot
 from step35.engine.request import Request
-from step35.engine.runner import Runner, slot
+from step35.engine.runner import Runner
 from step35.engine.scheduler import Rows
 from step35.model.context import Context
 from step35.model.step35 import Step35

@@ -111,3 +111,8 @@ def test_speculative_output_equals_plain(make_model: Make) -> None:
         params = SamplingParams(max_tokens=24, temperature=0, speculate=depth)
         outputs.append([c.token_ids for c in engine.generate(engine.create(prompts, params))])
     assert outputs[0] == outputs[1]
+    assert engine.runner.graphs is not None
+    assert all(graph._captured is not None for graph in engine.runner.graphs._graphs.values())
+    engine.runner.graphs = None
+    plain = engine.generate(engine.create(prompts, SamplingParams(max_tokens=24, temperature=0)))
+    assert [c.token_ids for c in plain] == outputs[0]

@@ -21,7 +21,7 @@ from step35.engine.request import Request
 
 
 class PagedCache:
-    """Two pools of blocks and the tensors behind them, one slot a token."""
+    """Two pools of blocks and the tensors behind them, one slot a token; and `spare`, a slot for no token."""
 
     def __init__(
         self,
@@ -36,13 +36,14 @@ class PagedCache:
         self.full, self.window = BlockPool(full_blocks), BlockPool(window_blocks)
         self.layers = config.layers()
         self.window_tokens = max((layer.window or 0 for layer in self.layers), default=0)
-        slots = [(full_blocks if layer.window is None else window_blocks) * BLOCK_TOKENS for layer in self.layers]
+        slots = [BLOCK_TOKENS * (full_blocks if layer.window is None else window_blocks) + 1 for layer in self.layers]
+        self.spare = {"full": BLOCK_TOKENS * full_blocks, "window": BLOCK_TOKENS * window_blocks}
         shapes = [(n, layer.kv_heads, layer.head_dim) for n, layer in zip(slots, self.layers, strict=True)]
         # Zeros, since a masked slot counts 0 times its value, and garbage may be NaN. Untouched, they cost nothing.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         states = 1 + config.total_layers - config.num_hidden_layers
-        size = (window_blocks * BLOCK_TOKENS, config.hidden_size)
+        size = (self.spare["window"] + 1, config.hidden_size)
         self.hidden = [torch.zeros(size, dtype=dtype, device=device) for _ in range(states if states > 1 else 0)]
         self.token_bytes = {
             kind: sum(

@@ -4,29 +4,24 @@ Rows of all requests lie one behind the other, so that every product is one for 
 request, those with equally many rows together, over the slots that each may see.
 """
 
-# N rows of the pass  R requests  T rows a request  S visible slots  K kv heads  C head dim  D model
+# N rows of the pass  D model
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from step35.config.model import LayerConfig
-from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.compiled.program import Program
+from step35.engine.graphs import MOST_ROWS, Graphs, Work
 from step35.engine.kv_cache import PagedCache
+from step35.engine.paged_context import PagedContext
 from step35.engine.request import Request
 from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
-from step35.model.attention_kernels import attend
-from step35.model.compiled.attention import attend_spans
-from step35.model.compiled.library import fits
-from step35.model.context import Context
 from step35.model.step35 import Step35
 
 FEW_ROWS = 128
@@ -34,114 +29,37 @@ FEW_ROWS = 128
 FAR = 4096
 """From this position on, a 16th as many: torch attends to far more keys than weights are read."""
 
-Pass = Callable[[Sequence[Rows]], Tensor]
-
-
-@dataclass
-class View:
-    """The slots that one group of requests reads in one kind of layer."""
-
-    slots_RS: Tensor
-    first_RT: Tensor
-    """The first and the last of them that each query sees, int32."""
-    last_RT: Tensor
-
-    @cached_property
-    def mask_RTS(self) -> Tensor:
-        place_S = torch.arange(self.slots_RS.shape[1], device=self.slots_RS.device)
-        return (place_S >= self.first_RT[..., None]) & (place_S <= self.last_RT[..., None])
-
-
-class PagedContext(Context):
-    """A forward pass whose keys and values lie in a `PagedCache`; one row of N tokens to the model."""
-
-    def __init__(self, cache: PagedCache, rows: Sequence[Rows], first: int) -> None:
-        device = cache.device
-        positions = [p for r in rows for p in range(r.start, r.end)]
-        super().__init__(torch.tensor([positions], device=device))
-        self.cache, self.rows, self.first = cache, rows, first
-        self._slots: dict[tuple[str, int], Tensor] = {}
-        self._views: dict[tuple[int, int | None], View] = {}
-        self.groups = [list(group) for _, group in groupby(rows, key=lambda r: r.count)]
-
-    def slots(self, kind: str, back: int = 0) -> Tensor:
-        """Return the slot of every row (N,), or of the position `back` before it."""
-        if (kind, back) not in self._slots:
-            slots = [slot(r, p - back, kind) for r in self.rows for p in range(r.start, r.end)]
-            self._slots[kind, back] = torch.tensor(slots, device=self.positions_BT.device)
-        return self._slots[kind, back]
-
-    def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
-        """Store the new keys and values, then attend over all that each row may see; returns (1, N, H, C)."""
-        kind = "full" if layer.window is None else "window"
-        self.cache.write(layer, self.slots(kind), k_BTKC[0], v_BTKC[0])
-        outputs, done = [], 0
-        for number, group in enumerate(self.groups):
-            rows = len(group) * group[0].count
-            q = q_BTHC[0, done : done + rows].view(len(group), -1, *q_BTHC.shape[2:])
-            view = self._view(number, layer.window)
-            k, v = (store[layer.index][view.slots_RS] for store in (self.cache.keys, self.cache.values))
-            if fits(q):
-                y = attend_spans(q, k, v, view.first_RT, view.last_RT)
-            else:
-                y = attend(q, k, v, view.mask_RTS)
-            outputs.append(y.flatten(0, 1))
-            done += rows
-        return torch.cat(outputs)[None]
-
-    def _view(self, group: int, window: int | None) -> View:
-        if (group, window) not in self._views:
-            self._views[group, window] = self._build_view(self.groups[group], window)
-        return self._views[group, window]
-
-    def _build_view(self, group: list[Rows], window: int | None) -> View:
-        """Lay the visible slots of each request side by side, padded behind the last."""
-        device = self.positions_BT.device
-        starts = [max(self.first, r.start - window + 1) if window else self.first for r in group]
-        longest = max(r.end - start for r, start in zip(group, starts, strict=True))
-        tables = torch.stack([_slots_of(r, start, longest, window) for r, start in zip(group, starts, strict=True)])
-        last_RT = torch.tensor([r.start - start for r, start in zip(group, starts, strict=True)], device=device)
-        last_RT = last_RT[:, None] + torch.arange(group[0].count, device=device)
-        first_RT = (last_RT - window + 1).clamp(min=0) if window else torch.zeros_like(last_RT)
-        return View(tables.to(device), first_RT.int(), last_RT.int())
-
-
-def slot(rows: Rows, position: int, kind: str) -> int:
-    """Return where the request keeps `position`."""
-    table = rows.request.full if kind == "full" else rows.request.window
-    return table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-
-
-def _slots_of(rows: Rows, start: int, count: int, window: int | None) -> Tensor:
-    """Return the slots of `count` positions from `start` on; those past the request's blocks point anywhere."""
-    table = rows.request.full if window is None else rows.request.window
-    first = start // BLOCK_TOKENS
-    blocks = torch.tensor(table[first : -(-(start + count) // BLOCK_TOKENS)].tolist())
-    slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()[start - first * BLOCK_TOKENS :]
-    return torch.nn.functional.pad(slots[:count], (0, max(0, count - len(slots))))
+Pass = Callable[[Sequence[int], Sequence[Rows]], Tensor]
+"""From the tokens of rows and the rows to states (N, D)."""
 
 
 class Runner:
     """The model, and the cache it reads and writes.
 
-    Requests with few rows run in the compiled program where there is one: all that decode, and short prompts. Long
-    prompts run in torch, whose matrix products are faster for many rows.
+    On a CPU, requests with few rows run in the compiled program where there is one: all that decode, and short prompts.
+    Long prompts run in torch, whose matrix products are faster for many rows. On a GPU, decoding passes are captured.
     """
+
+    graphs_on = ("cuda",)
+    """Types of device on which passes that decode run as graphs."""
 
     def __init__(self, model: Step35, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.program = Program.create(model, cache)
+        self.graphs = Graphs(cache) if cache.device.type in self.graphs_on else None
 
     def trunk(self, rows: Sequence[Rows]) -> Tensor:
         """Run the trunk; return its last layer's output (N, D) before the final norm."""
-        return self._split(rows, self._compiled_trunk, self._eager_trunk)
+        compiled = None if self.program is None else self.program.trunk
+        return self._split("trunk", self._trunk, compiled, rows, 0)
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
         """Run MTP module k; return its output (N, D). Its row at position p reads the token at p and the state at p-1.
 
         Its first state belongs to position k+1; before that, nothing is visible.
         """
-        return self._split(rows, partial(self._compiled_module, k), partial(self._eager_module, k))
+        compiled = None if self.program is None else partial(self.program.module, k)
+        return self._split(f"module {k}", partial(self._module, k), compiled, rows, k + 1)
 
     def logits(self, h_ND: Tensor) -> Scores:
         """Return the logits of the trunk's outputs (N, D)."""
@@ -161,37 +79,33 @@ class Runner:
             rows = in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
             ends_ND = self.module(k, rows)[last].to(self.cache.dtype)
-            for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1), strict=True):
-                r.request.drafts.append(int(token))
+            for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1).tolist(), strict=True):
+                r.request.drafts.append(token)
 
-    def _split(self, rows: Sequence[Rows], compiled: Pass, eager: Pass) -> Tensor:
-        """Run the requests with few rows compiled, which come first, and the others in torch."""
-        few = sum(_few(r) for r in rows) if self.program is not None else 0
-        parts = [run(part) for run, part in ((compiled, rows[:few]), (eager, rows[few:])) if part]
-        return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1].float()])
+    def _split(self, name: str, work: Work, compiled: Pass | None, rows: Sequence[Rows], first: int) -> Tensor:
+        """Run the requests with few rows compiled or captured, which come first, and the others as they are."""
+        few = sum(map(_few, rows)) if compiled is not None else 0
+        if self.graphs is not None:
+            compiled, few = partial(self.graphs.run, name, work, first), sum(r.count <= MOST_ROWS for r in rows)
+        parts, rest = list[Tensor](), rows[few:]
+        if compiled is not None and few:
+            parts.append(compiled(_tokens(rows[:few]), rows[:few]))
+        if rest:
+            states_ND = work(self._ids(rest), PagedContext(self.cache, rest, first))
+            parts.append(states_ND.to(parts[0].dtype) if parts else states_ND)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compiled_trunk(self, rows: Sequence[Rows]) -> Tensor:
-        assert self.program is not None
-        return self.program.trunk(_tokens(rows), rows)
-
-    def _compiled_module(self, k: int, rows: Sequence[Rows]) -> Tensor:
-        assert self.program is not None
-        return self.program.module(k, _tokens(rows), rows)
-
-    def _eager_trunk(self, rows: Sequence[Rows]) -> Tensor:
-        context = PagedContext(self.cache, rows, 0)
-        h_ND = self.model.trunk(self._ids(rows), context)[0]
+    def _trunk(self, ids_1N: Tensor, context: PagedContext) -> Tensor:
+        h_ND = self.model.trunk(ids_1N, context)[0]
         if self.cache.hidden:
             self.cache.hidden[0].index_copy_(0, context.slots("window"), h_ND)
         return h_ND
 
-    def _eager_module(self, k: int, rows: Sequence[Rows]) -> Tensor:
-        module = self.model.mtp[k]
-        context = PagedContext(self.cache, rows, k + 1)
+    def _module(self, k: int, ids_1N: Tensor, context: PagedContext) -> Tensor:
         before_ND = self.cache.hidden[k][context.slots("window", back=1)]
-        state: Tensor = module(self.model.embed(self._ids(rows)), before_ND[None], context)[0]
-        self.cache.hidden[k + 1].index_copy_(0, context.slots("window"), state)
-        return state
+        h_ND: Tensor = self.model.mtp[k](self.model.embed(ids_1N), before_ND[None], context)[0]
+        self.cache.hidden[k + 1].index_copy_(0, context.slots("window"), h_ND)
+        return h_ND
 
     def _ids(self, rows: Sequence[Rows]) -> Tensor:
         return torch.tensor([_tokens(rows)], device=self.cache.device)

@@ -55,10 +55,10 @@ class Experts(nn.Module):
         `observe` is shown the rows, detached.
         """
         experts, top_k = len(self.down_proj), chosen_NK.shape[1]
-        order_R = chosen_NK.flatten().argsort(stable=True)
+        sorted_R, order_R = chosen_NK.flatten().sort(stable=True)
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_ND.device))
-        counts_E = torch.bincount(chosen_NK.flatten(), minlength=experts)
-        ends_E = counts_E.cumsum(0).int()
+        # Not by `bincount`, for which a GPU stops to tell the host how long the result is.
+        ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=x_ND.device), right=True).int()
         place_NK, compiled = place_R.view(chosen_NK.shape), fits(x_ND)
         if compiled:
             rows_RD = Dispatch.apply(x_ND, order_R // top_k, place_NK)
@@ -68,8 +68,7 @@ class Experts(nn.Module):
         active = swiglu(hidden, self.clip)
         out_RD = _grouped_product(active, self.down_proj, ends_E)
         if observe is not None:
-            expert_R = chosen_NK.flatten()[order_R]
-            observe(RoutedRows(expert_R, order_R // top_k, hidden.detach(), active.detach(), out_RD.detach()))
+            observe(RoutedRows(sorted_R, order_R // top_k, hidden.detach(), active.detach(), out_RD.detach()))
         if compiled:
             return Combine.apply(out_RD, weights_NK.float(), place_NK)  # type: ignore[no-any-return,no-untyped-call]
         out_NKD = Permutation.apply(out_RD, place_R, order_R).unflatten(0, chosen_NK.shape)

@@ -9,6 +9,7 @@ Angles are computed in fp32 and cast to the model dtype, as the released model's
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,8 +34,15 @@ def scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 def rope_table(layer: LayerConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (B, T, 1, r/2), for the given positions."""
-    angles = positions_BT[..., None, None].float() * inverse_frequencies(layer).to(positions_BT.device)
+    angles = positions_BT[..., None, None].float() * _frequencies_on(positions_BT.device, layer)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _frequencies_on(device: torch.device, layer: LayerConfig) -> Tensor:
+    """Return `inverse_frequencies` on the device, copied once: a CUDA graph can't hold a copy from the host."""
+    return inverse_frequencies(layer).to(device)
 
 
 def rotate(x_BTHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
