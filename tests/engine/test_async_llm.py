@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -52,6 +53,24 @@ def test_streams_join_to_the_completion_and_equal_generate(llm: AsyncLLM, tokeni
         assert updates[-1].completion is not None
         assert updates[-1].completion.token_ids == whole.token_ids
         assert updates[-1].finish_reason == "length"
+
+
+def test_what_a_slow_reader_has_not_read_yet_comes_at_once(llm: AsyncLLM, tokenizer: Tokenizer) -> None:
+    async def run() -> list[Update]:
+        updates = []
+        async for update in llm.stream(tokenizer.encode("the"), params(0)):
+            updates.append(update)
+            if len(updates) == 1:
+                while llm.statistics().get("finished", 0) < 1:  # the event loop stands still
+                    time.sleep(0.001)
+        return updates
+
+    updates = asyncio.run(run())
+    assert len(updates) == 2
+    assert updates[1].completion is not None
+    assert updates[1].completion.token_ids == updates[0].token_ids + updates[1].token_ids
+    assert updates[1].completion.logprobs == updates[0].logprobs + updates[1].logprobs
+    assert updates[0].text + updates[1].text == tokenizer.decode(updates[1].completion.token_ids)
 
 
 def test_whoever_stops_reading_is_cancelled(llm: AsyncLLM) -> None:

@@ -65,6 +65,18 @@ class Update:
     completion: Completion | None = None
     """The whole generation, with the last update."""
 
+    def and_then(self, later: Update) -> Update:
+        """Return this update and the one after it as one."""
+        return Update(
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            self.raw_logprobs + later.raw_logprobs,
+            self.top_logprobs + later.top_logprobs,
+            self.text + later.text,
+            later.finish_reason,
+            later.completion,
+        )
+
 
 class Sampler(Protocol):
     """Anything that continues token sequences."""

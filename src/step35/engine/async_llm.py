@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,22 +20,32 @@ from step35.engine.llm import LLM, update
 from step35.engine.request import Request
 
 Result = TypeVar("Result")
+News = Update | BaseException
 
 
 class Stream:
-    """Where one request's updates go: a queue in the event loop of whoever reads them."""
+    """One request's updates on their way to the event loop of whoever reads them; those not yet read become one."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Update | BaseException] = asyncio.Queue()
+        self._news: News | None = None
+        self._there = asyncio.Event()
 
-    def put(self, item: Update | BaseException) -> None:
-        """Hand an update, or what went wrong, to the reader; from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:  # the reader's event loop has been closed
-            self.request.finish_reason = self.request.finish_reason or "cancelled"
+    def put(self, item: News) -> None:
+        """Hand an update, or what went wrong, to the reader; in its event loop."""
+        old, self._news = self._news, item
+        if isinstance(old, Update) and isinstance(item, Update):
+            self._news = old.and_then(item)
+        self._there.set()
+
+    async def get(self) -> News:
+        """Wait for what has not been read yet."""
+        await self._there.wait()
+        self._there.clear()
+        news, self._news = self._news, None
+        assert news is not None
+        return news
 
 
 class AsyncLLM:
@@ -68,7 +78,7 @@ class AsyncLLM:
         self._do(lambda: self._start(stream))
         try:
             while True:
-                item = await stream.queue.get()
+                item = await stream.get()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -137,20 +147,40 @@ class AsyncLLM:
                 self._end_all(RuntimeError("the engine was closed"))
                 return
             try:
-                for request, new in self._engine.step():
-                    self._deliver(request, len(new))
+                self._deliver(self._engine.step())
             except Exception as error:
                 self._end_all(error)
 
-    def _deliver(self, request: Request, count: int) -> None:
-        stream = self._streams.get(request)
-        if stream is None:
-            return
-        stream.put(update(request, count))
-        if request.finish_reason is not None:
-            del self._streams[request]
+    def _deliver(self, news: Sequence[tuple[Request, list[int]]]) -> None:
+        """Send the updates of a pass to their readers."""
+        items = list[tuple[Stream, News]]()
+        for request, new in news:
+            if stream := self._streams.get(request):
+                items.append((stream, update(request, len(new))))
+                if request.finish_reason is not None:
+                    del self._streams[request]
+        _send(items)
 
     def _end_all(self, error: BaseException) -> None:
-        for request, stream in list(self._streams.items()):
-            self._cancel(request)
-            stream.put(error)
+        streams = list(self._streams.values())
+        for stream in streams:
+            self._cancel(stream.request)
+        _send([(stream, error) for stream in streams])
+
+
+def _send(items: Sequence[tuple[Stream, News]]) -> None:
+    """Hand items to their streams, waking each event loop once."""
+    by_loop = defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, News]]](list)
+    for stream, item in items:
+        by_loop[stream.loop].append((stream, item))
+    for loop, part in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, part)
+        except RuntimeError:  # the readers' event loop has been closed
+            for stream, _ in part:
+                stream.request.finish_reason = stream.request.finish_reason or "cancelled"
+
+
+def _put_all(items: Sequence[tuple[Stream, News]]) -> None:
+    for stream, item in items:
+        stream.put(item)
