@@ -51,7 +51,7 @@ experiments: $(STAMP)
 	$(BIN)/python experiments/polar_precision.py
 	$(BIN)/python experiments/blow_up.py
 	$(BIN)/python experiments/collapse.py
-	$(BIN)/python experiments/collapse.py --high-rate --steps 1200
+	$(BIN)/python experiments/collapse.py --high-rate --steps 1200 --seeds 4
 	$(BIN)/python experiments/balance.py
 
 check: $(STAMP)

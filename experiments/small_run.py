@@ -81,13 +81,20 @@ def train_small(
     return curves
 
 
-def arguments(description: str | None, *, steps: int, flags: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Read `--steps`, `--every`, `--seed`, `--out` and the flags of the script; set one thread, for like runs."""
+def arguments(
+    description: str | None, *, steps: int, flags: tuple[str, ...] = (), seeds: int | None = None
+) -> argparse.Namespace:
+    """Read `--steps`, `--every`, `--seed`, `--out` and the script's own flags; set one thread, for like runs.
+
+    With `seeds`, `--seeds` as well.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="updates of each run")
     parser.add_argument("--every", type=int, default=10, help="updates between records")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds, help="runs with seeds from --seed on")
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     torch.set_num_threads(1)
