@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Tokenizer:
         self.pad_id = self.id_of(_token_text(self.config["pad_token"]))
         self.eos_ids = tuple(eos_ids or (self.id_of(_token_text(self.config["eos_token"])), self.id_of("<|im_end|>")))
         """Ids that end a generation."""
+
+    @cached_property
+    def added(self) -> dict[int, AddedToken]:
+        """The tokens that are no part of the byte-level vocabulary, by id."""
+        return dict(self.backend.get_added_tokens_decoder())
 
     @property
     def vocab_size(self) -> int:
@@ -164,7 +170,7 @@ class StreamDecoder:
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._bytes = _byte_alphabet()
-        self._added = tokenizer.backend.get_added_tokens_decoder()
+        self._added = tokenizer.added
 
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes: often its own, empty inside a character."""
@@ -187,6 +193,7 @@ def _with_special_flags(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte behind each character of a byte-level vocabulary (the GPT-2 alphabet)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
