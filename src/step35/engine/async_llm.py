@@ -20,7 +20,7 @@ from step35.engine.llm import LLM, update
 from step35.engine.request import Request
 
 Result = TypeVar("Result")
-News = Update | BaseException
+Item = Update | BaseException
 
 
 class Stream:
@@ -29,17 +29,17 @@ class Stream:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.loop = asyncio.get_running_loop()
-        self._news: News | None = None
+        self._news: Item | None = None
         self._there = asyncio.Event()
 
-    def put(self, item: News) -> None:
+    def put(self, item: Item) -> None:
         """Hand an update, or what went wrong, to the reader; in its event loop."""
         old, self._news = self._news, item
         if isinstance(old, Update) and isinstance(item, Update):
             self._news = old.and_then(item)
         self._there.set()
 
-    async def get(self) -> News:
+    async def get(self) -> Item:
         """Wait for what has not been read yet."""
         await self._there.wait()
         self._there.clear()
@@ -153,7 +153,7 @@ class AsyncLLM:
 
     def _deliver(self, news: Sequence[tuple[Request, list[int]]]) -> None:
         """Send the updates of a pass to their readers."""
-        items = list[tuple[Stream, News]]()
+        items = list[tuple[Stream, Item]]()
         for request, new in news:
             if stream := self._streams.get(request):
                 items.append((stream, update(request, len(new))))
@@ -168,9 +168,9 @@ class AsyncLLM:
         _send([(stream, error) for stream in streams])
 
 
-def _send(items: Sequence[tuple[Stream, News]]) -> None:
+def _send(items: Sequence[tuple[Stream, Item]]) -> None:
     """Hand items to their streams, waking each event loop once."""
-    by_loop = defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, News]]](list)
+    by_loop = defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]](list)
     for stream, item in items:
         by_loop[stream.loop].append((stream, item))
     for loop, part in by_loop.items():
@@ -181,6 +181,6 @@ def _send(items: Sequence[tuple[Stream, News]]) -> None:
                 stream.request.finish_reason = stream.request.finish_reason or "cancelled"
 
 
-def _put_all(items: Sequence[tuple[Stream, News]]) -> None:
+def _put_all(items: Sequence[tuple[Stream, Item]]) -> None:
     for stream, item in items:
         stream.put(item)
