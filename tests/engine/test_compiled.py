@@ -251,13 +251,14 @@ def test_models_that_do_not_fit_run_in_torch(tiny: Step35) -> None:
 
 @torch.inference_mode()
 def test_rows_far_away_run_in_torch_beside_compiled_ones(tiny: Step35, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond `FAR` fewer rows run compiled; each request still gets its own rows back."""
+    """Beyond `FAR` only few rows run compiled; each request still gets its own rows back."""
     monkeypatch.setattr(runner, "FEW_ROWS", 16)
     monkeypatch.setattr(runner, "FAR", 12)
     made = engine(tiny, compiled=True)
+    assert made.runner.few_rows == 16
     requests = start(made, PROMPTS)
     parts = [Rows(requests[0], 0, 10), Rows(requests[1], 0, 20), Rows(requests[2], 0, 9)]
-    ordered = runner.in_order(parts)
+    ordered = made.runner.in_order(parts)
     assert [r.count for r in ordered] == [9, 10, 20]
     h_ND = made.runner.trunk(ordered)
     expected = engine(tiny, compiled=False)

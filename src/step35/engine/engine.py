@@ -24,7 +24,7 @@ from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.grammar import GrammarCompiler
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
-from step35.engine.runner import Runner, in_order
+from step35.engine.runner import Runner
 from step35.engine.sampling import Choice, Place, Scores, most_likely, pick, shifts_logits
 from step35.engine.scheduler import Rows, Scheduler
 from step35.engine.speculative import DepthControl
@@ -144,7 +144,7 @@ class Engine:
         drafting = [request for request in decoding if request.depth]
         if drafting:
             self.runner.draft(drafting)
-        planned = in_order(Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned)
+        planned = self.runner.in_order(Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned)
         if not planned:
             return []
         h_ND = self.runner.trunk(planned)
@@ -310,7 +310,7 @@ class Engine:
         late = [r.request for r in planned if r.request.reading or r.request.behind > MOST_BEHIND]
         for k in range(len(self.model.mtp)):
             rows = [Rows(r, r.module_done[k], r.computed - r.module_done[k]) for r in late if k < len(r.module_done)]
-            rows = in_order(r for r in rows if r.count > 0)
+            rows = self.runner.in_order(r for r in rows if r.count > 0)
             if rows:
                 self.runner.module(k, rows)
                 for r in rows:

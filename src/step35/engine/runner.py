@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from step35.config.cost import active_parameters
 from step35.engine.compiled.program import Program
 from step35.engine.graphs import MOST_ROWS, Graphs, Work
 from step35.engine.kv_cache import PagedCache
@@ -25,9 +26,12 @@ from step35.engine.scheduler import Rows
 from step35.model.step35 import Step35
 
 FEW_ROWS = 128
-"""Up to this many rows of one request run compiled; for more, torch is at times faster (measured on AVX-512)."""
+"""Up to this many rows of one request run compiled, fewer where `FEW_PRODUCTS` says so."""
+FEW_PRODUCTS = 10**9
+"""Rows of one request, times the parameters that each uses, beyond which torch is faster: its products are, and what
+it takes besides no longer counts (on a CPU with AVX512-BF16, torch takes over from 50 rows of `mini` on)."""
 FAR = 4096
-"""From this position on, a 16th as many: torch attends to far more keys than weights are read."""
+"""From this position on, only rows that decode: torch attends to far more keys than weights are read."""
 
 Pass = Callable[[Sequence[int], Sequence[Rows]], Tensor]
 """From the tokens of rows and the rows to states (N, D)."""
@@ -46,7 +50,12 @@ class Runner:
     def __init__(self, model: Step35, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.program = Program.create(model, cache)
+        self.few_rows = min(FEW_ROWS, max(MOST_ROWS, FEW_PRODUCTS // active_parameters(model.config)))
         self.graphs = Graphs(cache) if cache.device.type in self.graphs_on else None
+
+    def in_order(self, rows: Iterable[Rows]) -> list[Rows]:
+        """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
+        return sorted(rows, key=lambda r: (not self._few(r), r.count))
 
     def trunk(self, rows: Sequence[Rows]) -> Tensor:
         """Run the trunk; return its last layer's output (N, D) before the final norm."""
@@ -70,13 +79,13 @@ class Runner:
 
         Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
         """
-        if self.program is not None and not any(r.behind > FEW_ROWS for r in requests):
+        if self.program is not None and not any(r.behind > self.few_rows for r in requests):
             for request, drafts in zip(requests, self.program.draft(requests), strict=True):
                 request.drafts = drafts
             return
         for k in range(max(r.depth for r in requests)):
             rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
-            rows = in_order(rows)
+            rows = self.in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
             ends_ND = self.module(k, rows)[last].to(self.cache.dtype)
             for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1).tolist(), strict=True):
@@ -84,7 +93,7 @@ class Runner:
 
     def _split(self, name: str, work: Work, compiled: Pass | None, rows: Sequence[Rows], first: int) -> Tensor:
         """Run the requests with few rows compiled or captured, which come first, and the others as they are."""
-        few = sum(map(_few, rows)) if compiled is not None else 0
+        few = sum(map(self._few, rows)) if compiled is not None else 0
         if self.graphs is not None:
             compiled, few = partial(self.graphs.run, name, work, first), sum(r.count <= MOST_ROWS for r in rows)
         parts, rest = list[Tensor](), rows[few:]
@@ -94,6 +103,9 @@ class Runner:
             states_ND = work(self._ids(rest), PagedContext(self.cache, rest, first))
             parts.append(states_ND.to(parts[0].dtype) if parts else states_ND)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _few(self, rows: Rows) -> bool:
+        return rows.count <= (self.few_rows if rows.end <= FAR else min(self.few_rows, MOST_ROWS))
 
     def _trunk(self, ids_1N: Tensor, context: PagedContext) -> Tensor:
         h_ND = self.model.trunk(ids_1N, context)[0]
@@ -109,15 +121,6 @@ class Runner:
 
     def _ids(self, rows: Sequence[Rows]) -> Tensor:
         return torch.tensor([_tokens(rows)], device=self.cache.device)
-
-
-def in_order(rows: Iterable[Rows]) -> list[Rows]:
-    """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
-    return sorted(rows, key=lambda r: (not _few(r), r.count))
-
-
-def _few(rows: Rows) -> bool:
-    return rows.count <= (FEW_ROWS if rows.end <= FAR else FEW_ROWS // 16)
 
 
 def _tokens(rows: Sequence[Rows]) -> list[int]:

@@ -87,6 +87,7 @@ struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many co
 
 constexpr int TILE_ROWS = 4, TILE_OUTS = LANES / 4;
 constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
+constexpr int DISTANCE = 16384;  // bytes
 constexpr int BLOCK = 16;  // tokens of a cache block
 
 inline float largest(const float* y, int64_t size) {
@@ -134,13 +135,14 @@ inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins,
     Floats sums[COUNT];
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
+    constexpr int LINE = 64, LINES = OUTS * LANES * sizeof(T) / LINE;
+    const char* ahead = (const char*)w + DISTANCE;
     int64_t d = 0;
     for (; d + LANES <= ins; d += LANES) {
         Floats wide[OUTS];
-        for (int o = 0; o < OUTS; o++) {
-            if (AHEAD) __builtin_prefetch(w + (o + OUTS) * stride + d);
-            wide[o] = load(w + o * stride + d);
-        }
+        for (int o = 0; o < OUTS; o++) wide[o] = load(w + o * stride + d);
+        for (int i = 0; AHEAD && i < LINES; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
+        ahead += LINES * LINE;
         for (int r = 0; r < ROWS; r++) {
             Floats row = load(x[r] + d);
             for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] += row * wide[o];
