@@ -87,7 +87,7 @@ struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many co
 
 constexpr int TILE_ROWS = 4, TILE_OUTS = LANES / 4;
 constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
-constexpr int DISTANCE = 16384;  // bytes
+constexpr int DISTANCE = 16384;  // bytes between what is multiplied and what is fetched
 constexpr int BLOCK = 16;  // tokens of a cache block
 
 inline float largest(const float* y, int64_t size) {
@@ -124,58 +124,103 @@ template <class F> inline void cached(int32_t type, void* data, F f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Products of rows with the rows of a matrix.
 
+// Rows of floats where they lie; the matrix's numbers become floats as they are read.
+struct Pointed {
+    static constexpr int STEP = LANES;  // numbers of a row that are multiplied at a time
+    static constexpr int ALONE = 8;     // outputs that are computed together for one row
+    const float* const* x;
+
+    Pointed from(int64_t r) const { return {x + r}; }
+    Floats part(int64_t r, int64_t d) const { return load(x[r] + d); }
+    template <class T> static Floats unit(const T* w) { return load(w); }
+    static Floats add(Floats sum, Floats part, Floats unit) { return sum + part * unit; }
+};
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+
+// Rows of bf16 pairs, for bf16 matrices, which the CPU then multiplies as they are: x = high + low to 16 bits, the high
+// parts of a row, then its low parts.
+struct Paired {
+    static constexpr int STEP = 2 * LANES, ALONE = 4;
+    struct Part {
+        __m512bh high, low;
+    };
+    const bf16* x;
+    int64_t ins;
+
+    Paired from(int64_t r) const { return {x + 2 * r * ins, ins}; }
+    Part part(int64_t r, int64_t d) const {
+        const bf16* at = x + 2 * r * ins + d;
+        return {unit(at), unit(at + ins)};
+    }
+    static __m512bh unit(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
+    static Floats add(Floats sum, Part part, __m512bh unit) {
+        return (Floats)_mm512_dpbf16_ps(_mm512_dpbf16_ps((__m512)sum, part.high, unit), part.low, unit);
+    }
+};
+
+inline void split(const float* x, int64_t ins, bf16* parts) {
+    each(ins, [&](int64_t i) {
+        const Floats value = load(x + i);
+        store(parts + i, value);
+        store(parts + ins + i, value - load(parts + i));
+    });
+}
+#else
+constexpr bool PAIRS = false;
+#endif
+
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what the next
-// tile reads is fetched meanwhile: rows of a matrix are too short for the CPU to guess it in time.
-// REST: `ins` is not a multiple of LANES.
-template <int ROWS, int OUTS, bool AHEAD, bool REST, class T>
-inline void tile(const float* const* x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
-    constexpr int COUNT = power_of_two(ROWS * OUTS);
+// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what lies
+// DISTANCE behind is fetched meanwhile, line by line: reading several rows of a matrix at a time, the CPU does not guess
+// it by itself. REST: `ins` is not a multiple of the step.
+template <int ROWS, int OUTS, bool AHEAD, bool REST, class X, class T>
+inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
+    constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64, LINES = OUTS * X::STEP * sizeof(T) / LINE;
+    const char* ahead = (const char*)w + DISTANCE;
     Floats sums[COUNT];
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
-    constexpr int LINE = 64, LINES = OUTS * LANES * sizeof(T) / LINE;
-    const char* ahead = (const char*)w + DISTANCE;
     int64_t d = 0;
-    for (; d + LANES <= ins; d += LANES) {
-        Floats wide[OUTS];
-        for (int o = 0; o < OUTS; o++) wide[o] = load(w + o * stride + d);
+    for (; d + X::STEP <= ins; d += X::STEP) {
+        decltype(X::unit(w)) units[OUTS];
+        for (int o = 0; o < OUTS; o++) units[o] = X::unit(w + o * stride + d);
         for (int i = 0; AHEAD && i < LINES; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
         ahead += LINES * LINE;
         for (int r = 0; r < ROWS; r++) {
-            Floats row = load(x[r] + d);
-            for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] += row * wide[o];
+            auto part = x.part(r, d);
+            for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] = X::add(sums[r * OUTS + o], part, units[o]);
         }
     }
     if constexpr (REST)
         for (int o = 0; o < OUTS; o++) {
             Floats wide = load_some(w + o * stride + d, ins - d);
-            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] += load_some(x[r] + d, ins - d) * wide;
+            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] += load_some(x.x[r] + d, ins - d) * wide;
         }
     sum<COUNT>(sums);
     for (int r = 0; r < ROWS; r++)
         for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
 }
 
-template <int ROWS, bool AHEAD, bool REST, class T>
-inline void tiles(const float* const* x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
-    constexpr int OUTS = ROWS == 1 ? 8 : TILE_OUTS;
+template <int ROWS, bool AHEAD, bool REST, class X, class T>
+inline void tiles(X x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
+    constexpr int OUTS = ROWS == 1 ? X::ALONE : TILE_OUTS;
     int o = 0;
     for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS, AHEAD, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
     for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
 }
 
 // y[r][o] = x[r] . w[o] for any number of rows and of outputs.
-template <bool REST, class T>
-inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
-                     int64_t y_stride) {
+template <bool REST, class X, class T>
+inline void products(X x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
     if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, stride, ins, outs, y, y_stride);
     int64_t r = TILE_ROWS;
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        tiles<TILE_ROWS, false, REST>(x + r, w, stride, ins, outs, y + r * y_stride, y_stride);
+        tiles<TILE_ROWS, false, REST>(x.from(r), w, stride, ins, outs, y + r * y_stride, y_stride);
     r = rows / TILE_ROWS * TILE_ROWS;
-    x += r, y += r * y_stride;
+    x = x.from(r), y += r * y_stride;
     if (rows - r == 3) tiles<3, true, REST>(x, w, stride, ins, outs, y, y_stride);
     if (rows - r == 2) tiles<2, true, REST>(x, w, stride, ins, outs, y, y_stride);
     if (rows - r == 1) tiles<1, true, REST>(x, w, stride, ins, outs, y, y_stride);
@@ -184,13 +229,12 @@ inline void products(const float* const* x, int64_t rows, const T* w, int64_t st
 template <class T>
 inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
                      int64_t y_stride) {
-    if (ins % LANES) products<true>(x, rows, w, stride, ins, outs, y, y_stride);
-    else products<false>(x, rows, w, stride, ins, outs, y, y_stride);
+    if (ins % LANES) products<true>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride);
+    else products<false>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The same for bf16 matrices on CPUs that multiply tiles of 16 x 32 by 32 x 16 (AMX). A row x is given as two bf16
-// numbers each, x = high + low to 16 bits, so that this is as exact as what it replaces.
+// The same for bf16 matrices on CPUs that multiply tiles of 16 x 32 by 32 x 16 (AMX), of rows split in the same way.
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 constexpr int TILE_INS = 32;
@@ -305,13 +349,19 @@ thread_local std::vector<bf16> packed_rows;
 struct Rows {
     const float* const* x;
     int64_t count;
-    const bf16* packed;  // null where tiles are not used
+    const bf16* packed;  // high and low parts, for tiles or as `Paired`; null where floats are multiplied
 
     // Prepares rows given by pointers, of this thread, for products with `m`.
     static Rows of(const Matrix& m, const float* const* x, int64_t count) {
-        if (!AMX || m.type != BFLOAT16 || m.ins % TILE_INS) return {x, count, nullptr};
+        if (!(AMX || PAIRS) || m.type != BFLOAT16 || m.ins % TILE_INS) return {x, count, nullptr};
         bf16* packed = grow(packed_rows, 2 * count * m.ins);
-        for (int64_t r = 0; r < count; r += 16) pack(x + r, std::min<int64_t>(16, count - r), m.ins, packed + 2 * r * m.ins);
+        if (AMX)
+            for (int64_t r = 0; r < count; r += 16)
+                pack(x + r, std::min<int64_t>(16, count - r), m.ins, packed + 2 * r * m.ins);
+#ifdef __AVX512BF16__
+        else
+            for (int64_t r = 0; r < count; r++) split(x[r], m.ins, packed + 2 * r * m.ins);
+#endif
         return {x, count, packed};
     }
 
@@ -327,6 +377,9 @@ struct Rows {
 inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, float* y) {
     if (rows.packed) {
         const bf16* w = static_cast<const bf16*>(m.data) + begin * m.ins;
+#ifdef __AVX512BF16__
+        if (!AMX) return products<false>(Paired{rows.packed, m.ins}, rows.count, w, m.ins, m.ins, count, y, STRIP);
+#endif
         int64_t r = 0;
         for (; r + 32 <= rows.count; r += 32)
             tile_products<true>(rows.packed + 2 * r * m.ins, 16, w, m.ins, count, r == 0, y + r * STRIP);
