@@ -173,13 +173,13 @@ constexpr bool PAIRS = false;
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what lies
-// DISTANCE behind is fetched meanwhile, line by line: reading several rows of a matrix at a time, the CPU does not guess
-// it by itself. REST: `ins` is not a multiple of the step.
+// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what comes next is
+// fetched meanwhile, since the CPU does not guess it while several rows are read at a time: of a matrix, line by line what
+// lies DISTANCE behind; of keys, those of the next tile. REST: `ins` is not a multiple of the step.
 template <int ROWS, int OUTS, bool AHEAD, bool REST, class X, class T>
 inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
-    constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64, LINES = OUTS * X::STEP * sizeof(T) / LINE;
-    const char* ahead = (const char*)w + DISTANCE;
+    constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64;
+    constexpr int LINES = std::max<int>(1, OUTS * X::STEP * sizeof(T) / LINE);
     Floats sums[COUNT];
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
@@ -187,8 +187,11 @@ inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t
     for (; d + X::STEP <= ins; d += X::STEP) {
         decltype(X::unit(w)) units[OUTS];
         for (int o = 0; o < OUTS; o++) units[o] = X::unit(w + o * stride + d);
-        for (int i = 0; AHEAD && i < LINES; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
-        ahead += LINES * LINE;
+        if (AHEAD && stride == ins)
+            for (int i = 0; i < LINES; i++)
+                __builtin_prefetch((const char*)(w + OUTS * d) + DISTANCE + i * LINE, 0, 2);
+        else if (AHEAD)
+            for (int o = 0; o < OUTS; o++) __builtin_prefetch(w + (o + OUTS) * stride + d);
         for (int r = 0; r < ROWS; r++) {
             auto part = x.part(r, d);
             for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] = X::add(sums[r * OUTS + o], part, units[o]);
