@@ -5,7 +5,7 @@ tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so th
 many rows the other products have. The share of time spent in sliding-window attention and in all attention is found by
 leaving its scores and sums out; what remains is held against the measured peak of matrix products.
 
-    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--tokens 4096] [--out FILE]
+    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--tokens 4096]
 
 The last line is JSON with the ratios; the result file holds everything, with command, commit and machine.
 """
