@@ -27,6 +27,7 @@ Make = Callable[..., Step35]
 @pytest.fixture(autouse=True)
 def _full_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["tiny-a", "tiny-b"])
@@ -69,7 +70,7 @@ def test_attention_equals_the_reference(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = replace(make_model().config.layer(0), heads=8, kv_heads=2, head_dim=64, window=window)
-    segments = (torch.arange(tokens, device="cuda")[None] * documents) // tokens
+    segments = (torch.arange(tokens, device="cuda")[None] > 0.6 * tokens).long() * (documents - 1)
     context = Context.packed(segments, segments)
     seen = kernels.visible(context.positions_BT, context.positions_BT, window)
     seen = seen & kernels.same_document(segments, segments)
@@ -102,17 +103,22 @@ def test_bf16_grouped_experts_equal_one_at_a_time(make_model: Make) -> None:
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
 
 
-def test_speculative_output_equals_plain(make_model: Make) -> None:
-    model = make_model().cuda().eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 9])
+def test_speculative_output_equals_plain(make_model: Make, dtype: torch.dtype, count: int) -> None:
+    model = make_model().cuda().to(dtype).eval()
     engine = Engine(model, ())
-    prompts = [[1, 2, 3, 4, 5], [7, 8, 9]]
+    prompts = [[n, 2, 3, 4, 5][: 1 + n % 5] for n in range(1, 1 + count)]
     outputs = []
     for depth in (0, 2):
         params = SamplingParams(max_tokens=24, temperature=0, speculate=depth)
         outputs.append([c.token_ids for c in engine.generate(engine.create(prompts, params))])
-    assert outputs[0] == outputs[1]
     assert engine.runner.graphs is not None
     assert all(graph._captured is not None for graph in engine.runner.graphs._graphs.values())
+    assert all(len(ids) == 24 for ids in outputs[1])
+    if dtype == torch.bfloat16:  # other shapes round differently, and near ties may be broken otherwise
+        return
+    assert outputs[0] == outputs[1]
     engine.runner.graphs = None
     plain = engine.generate(engine.create(prompts, SamplingParams(max_tokens=24, temperature=0)))
     assert [c.token_ids for c in plain] == outputs[0]

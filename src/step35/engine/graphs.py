@@ -70,14 +70,22 @@ class GridContext(PagedContext):
 _SEEN = (("seen", torch.int64), ("first", torch.int32), ("last", torch.int32))
 
 
+class Shared:
+    """What the graphs of one engine have in common: memory, and a stream on which they are captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.pool: Any = torch.cuda.graph_pool_handle()
+            self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class Graphs:
     """One graph for each work and shape, captured when it is first needed."""
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
-        self.capturing = cache.device.type == "cuda"
         self._graphs: dict[tuple[str, Shape], Graph] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.capturing else None
+        self._shared = Shared(cache.device) if cache.device.type == "cuda" else None
 
     def run(self, name: str, work: Work, first: int, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
         """Return the states (N, D) of `work`, known by `name`, over the rows; nothing lies before position `first`."""
@@ -86,8 +94,8 @@ class Graphs:
         if (name, shape) not in self._graphs:
             self._graphs[name, shape] = Graph(self.cache, work, shape)
             self._graphs[name, shape].numbers.copy_(numbers)
-            if self.capturing:
-                self._graphs[name, shape].capture(self._pool)
+            if self._shared is not None:
+                self._graphs[name, shape].capture(self._shared)
         states_ND = self._graphs[name, shape].replay(numbers)
         return states_ND[real.to(states_ND.device)]
 
@@ -101,23 +109,25 @@ class Graph:
         self._captured: torch.cuda.CUDAGraph | None = None
         self._states_ND: Tensor | None = None
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, shared: Shared) -> None:
         """Record the work; it runs on the numbers that are there, since libraries must have run before."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._run()
-        torch.cuda.current_stream().wait_stream(aside)
-        self._captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._captured, pool=pool, capture_error_mode="thread_local"):
-            self._states_ND = self._run()
+        with torch.cuda.device(self.cache.device):
+            shared.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(shared.stream):
+                self._run()
+            torch.cuda.current_stream().wait_stream(shared.stream)
+            self._captured = torch.cuda.CUDAGraph()
+            how = {"pool": shared.pool, "stream": shared.stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._captured, **how):
+                self._states_ND = self._run()
 
     def replay(self, numbers: Tensor) -> Tensor:
         """Return the states of all cells, which the next replay overwrites."""
         self.numbers.copy_(numbers)
         if self._captured is None:
             return self._run()
-        self._captured.replay()
+        with torch.cuda.device(self.cache.device):
+            self._captured.replay()
         assert self._states_ND is not None
         return self._states_ND
 

@@ -89,7 +89,7 @@ def adjust(logits_NV: Tensor, places: Sequence[Place]) -> Tensor:
     for n, place in rows.items():
         _shift(logits_NV[n], place)
         if place.allowed is not None:
-            logits_NV[n].masked_fill_(~place.allowed, float("-inf"))
+            logits_NV[n].masked_fill_(~place.allowed.to(logits_NV.device), float("-inf"))
     return logits_NV
 
 

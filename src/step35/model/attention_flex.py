@@ -19,12 +19,19 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
 """Queries, and keys, that a block of scores has; what FlexAttention's kernels are made for."""
+LEAST_HEAD = 16
+"""Channels of a head that these kernels need."""
+KINDS = 64
+"""Kernels to compile, at most: one for each dtype, number of heads, with and without gradients, ...; torch would stop
+at 8 and go on unfused."""
 
 
 def attend_flex(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: BlockMask) -> Tensor:
-    """Return softmax(q k^T / sqrt(C)) v (B, T, H, C) over what `mask` shows; C at least 16."""
+    """Return softmax(q k^T / sqrt(C)) v (B, T, H, C) over what `mask` shows; C at least `LEAST_HEAD`."""
     heads_first = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
-    y: Tensor = _kernel()(*heads_first, block_mask=mask, enable_gqa=True)
+    # The kernel for decoding, which torch prefers for short rows, has no form for many heads on one.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if q_BTHC.is_cuda else None
+    y: Tensor = _kernel()(*heads_first, block_mask=mask, enable_gqa=True, kernel_options=options)
     return y.transpose(1, 2)
 
 
@@ -52,9 +59,11 @@ def block_mask(first_BT: Tensor, last_BT: Tensor) -> BlockMask:
 def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each block of queries the number of its blocks of keys, and those (in front), for all heads."""
     blocks = blocks_BNN[:, None]
-    return blocks.sum(-1, dtype=torch.int32), blocks.byte().argsort(dim=-1, descending=True, stable=True).int()
+    order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.int().contiguous()
 
 
 @cache
 def _kernel() -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(KINDS, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention)

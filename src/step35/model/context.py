@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from step35.config.model import LayerConfig
 from step35.model import attention_kernels as kernels
-from step35.model.attention_flex import attend_flex, block_mask
+from step35.model.attention_flex import LEAST_HEAD, attend_flex, block_mask
 from step35.model.compiled.attention import attend_spans
 from step35.model.compiled.library import fits
 from step35.model.rope import rope_table
@@ -106,9 +106,9 @@ class Context:
         path = self._path(layer.window)
         if path == "documents":
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
-        if path == "flex":
+        if path == "flex" and layer.head_dim >= LEAST_HEAD:
             return attend_flex(q_BTHC, k_BTKC, v_BTKC, self._block_mask(layer.window))
-        mask = self._mask(path, layer.window)
+        mask = self._mask("banded" if path == "banded" else "packed", layer.window)
         if path == "banded":
             return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
         return kernels.attend(q_BTHC, k_BTKC, v_BTKC, mask)

@@ -35,7 +35,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs (N, D)."""
-        if torch.is_grad_enabled() or len(x_ND) > FEW_TOKENS:
+        if torch.is_grad_enabled() or (len(x_ND) > FEW_TOKENS and not _must_not_wait(x_ND)):
             path = self.grouped
         elif 3 * chosen_NK.numel() >= len(self.down_proj):
             path = self.dense
@@ -113,6 +113,13 @@ class Permutation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
+
+
+def _must_not_wait(x_ND: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, and torch's grouped product would ask the host for sizes."""
+    if not x_ND.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return False
+    return x_ND.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_ND.device)[0] not in (9, 10)
 
 
 def _grouped_product(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Angles are computed in fp32 and cast to the model dtype, as the released model's
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,10 +38,10 @@ def rope_table(layer: LayerConfig, positions_BT: Tensor, dtype: torch.dtype) -> 
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@lru_cache(maxsize=256)
+@cache
 @torch.inference_mode(False)
 def _frequencies_on(device: torch.device, layer: LayerConfig) -> Tensor:
-    """Return `inverse_frequencies` on the device, copied once: a CUDA graph can't hold a copy from the host."""
+    """Return `inverse_frequencies` on the device, copied once and kept: CUDA graphs read them where they lie."""
     return inverse_frequencies(layer).to(device)
 
 

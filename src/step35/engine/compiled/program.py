@@ -109,7 +109,6 @@ class Program:
             len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(),
             model.config.rms_norm_eps,
         )  # fmt: skip
-        self.library.pin(self.c.threads)
 
     @classmethod
     def create(cls, model: Step35, cache: PagedCache) -> Program | None:

@@ -770,6 +770,28 @@ void prepare(Pass& pass, const Layer* layers, int count) {
     grow(pass.b.sin, pass.model.rope_count * pass.rope_stride);
 }
 
+// Keep each worker thread of the caller's team on a core of its own, once; the caller itself stays free.
+inline void pin(int32_t threads) {
+    static thread_local bool pinned = false;
+    if (pinned) return;
+    pinned = true;
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    std::vector<int> cores;
+    for (int core = 0; core < CPU_SETSIZE; core++)
+        if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+    if (int(cores.size()) != threads) return;  // otherwise another process may have the same idea
+#pragma omp parallel num_threads(threads)
+    if (int number = omp_get_thread_num()) {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(cores[number], &own);
+        sched_setaffinity(0, sizeof own, &own);
+    }
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -778,6 +800,7 @@ extern "C" {
 void trunk(const Model* model, const Batch* batch, float* h) {
     Pass pass{*model, *batch, kept, h};
     prepare(pass, model->layers, model->layer_count);
+    pin(model->threads);
 #pragma omp parallel num_threads(model->threads)
     {
 #pragma omp for schedule(static) nowait
@@ -855,24 +878,5 @@ void draft(const Model* model, const Drafting* d) {
         logits(model, k, ends, count, y, grow(best, count), grow(logprobs, count));
         for (int64_t i = 0; i < count; i++) d->drafts[request[last[i]] * deepest + k] = best[i];
     }
-}
-
-// Keep each worker thread of the caller's team on a core of its own; the caller itself stays free.
-void pin(int32_t threads) {
-#ifdef __linux__
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
-    std::vector<int> cores;
-    for (int core = 0; core < CPU_SETSIZE; core++)
-        if (CPU_ISSET(core, &allowed)) cores.push_back(core);
-    if (int(cores.size()) != threads) return;  // otherwise another process may have the same idea
-#pragma omp parallel num_threads(threads)
-    if (int number = omp_get_thread_num()) {
-        cpu_set_t own;
-        CPU_ZERO(&own);
-        CPU_SET(cores[number], &own);
-        sched_setaffinity(0, sizeof own, &own);
-    }
-#endif
 }
 }
