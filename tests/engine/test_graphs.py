@@ -3,12 +3,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from step35.api.sampling import SamplingParams
-from step35.engine import runner
+from step35.engine import paged_context, runner
 from step35.engine.engine import Engine
 from step35.engine.graphs import Shape
 from step35.engine.scheduler import Rows
+from step35.model import attention_flex
+from step35.model.attention_flex import attend_flex
 from step35.model.step35 import Step35
 
 
@@ -54,3 +58,29 @@ def test_nothing_is_written_outside_the_requests_own_slots(engine: Engine) -> No
     untouched = [slot for slot in range(slots) if slot // 16 not in held]
     assert untouched
     assert all((store[untouched] == 7.0).all() for store in engine.cache.hidden)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_prompts_through_flex_attention_give_the_same(
+    build_model: Callable[..., Step35], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.Program, "create", lambda *_: None)
+    monkeypatch.setattr(paged_context, "fits", lambda _: False)
+    calls = list[int]()
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        calls.append(q.shape[1])
+        return attend_flex(q, k, v, mask)
+
+    monkeypatch.setattr(paged_context, "attend_flex", flex)
+    monkeypatch.setattr(attention_flex, "_kernel", lambda: flex_attention)  # uncompiled
+    prompts = [[(7 * n + m) % 29 for n in range(170 + m)] for m in range(2)]
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=True, speculate=1)
+    logprobs = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(paged_context.PagedContext, "flex_on", devices)
+        engine = Engine(build_model(seed=0), (), max_pass_tokens=300)  # the second prompt comes in two chunks
+        logprobs.append([c.prompt_logprobs for c in engine.generate(engine.create(prompts, params))])
+    assert {170, 130} <= set(calls)
+    for plain, found in zip(*logprobs, strict=True):
+        assert found == pytest.approx(plain, rel=1e-4, abs=1e-4)

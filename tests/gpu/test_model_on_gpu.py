@@ -122,3 +122,14 @@ def test_speculative_output_equals_plain(make_model: Make, dtype: torch.dtype, c
     engine.runner.graphs = None
     plain = engine.generate(engine.create(prompts, SamplingParams(max_tokens=24, temperature=0)))
     assert [c.token_ids for c in plain] == outputs[0]
+
+
+def test_long_prompts_score_as_on_the_cpu(make_model: Make) -> None:
+    prompts = [[(7 * n + m) % 97 for n in range(300 + m)] for m in range(2)]
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=True)
+    scores = []
+    for model in (make_model().eval(), make_model().cuda().eval()):
+        engine = Engine(model, (), max_pass_tokens=500)  # the second prompt comes in two chunks
+        scores.append([c.prompt_logprobs for c in engine.generate(engine.create(prompts, params))])
+    for expected, found in zip(*scores, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)

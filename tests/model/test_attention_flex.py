@@ -27,7 +27,7 @@ def seen(segments_BT: Tensor, window: int | None) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 64, 128, 200, 512])
 def test_each_block_is_listed_as_what_it_is(name: str, window: int | None) -> None:
     segments_BT = segments(name)
-    mask = attention_flex.block_mask(*kernels.spans(segments_BT, window))
+    mask = attention_flex.block_mask(*kernels.spans(segments_BT, window), segments_BT.shape[1])
     visible_BTS = seen(segments_BT, window)
     for row, visible_TS in enumerate(visible_BTS):
         for i, queries in enumerate(visible_TS.split(attention_flex.BLOCK)):
@@ -47,7 +47,8 @@ def attended(name: str, window: int | None) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, segments_BT.shape[1], heads, 16, generator=generator) for heads in (4, 2, 2))
     with torch.inference_mode():
-        found = attention_flex.attend_flex(q, k, v, attention_flex.block_mask(*kernels.spans(segments_BT, window)))
+        mask = attention_flex.block_mask(*kernels.spans(segments_BT, window), segments_BT.shape[1])
+        found = attention_flex.attend_flex(q, k, v, mask)
         return found, kernels.attend(q, k, v, seen(segments_BT, window))
 
 

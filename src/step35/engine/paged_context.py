@@ -11,11 +11,13 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from step35.config.model import LayerConfig
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.kv_cache import PagedCache
 from step35.engine.scheduler import Rows
+from step35.model.attention_flex import BLOCK, LEAST_HEAD, attend_flex, block_mask
 from step35.model.attention_kernels import attend
 from step35.model.compiled.attention import attend_spans
 from step35.model.compiled.library import fits
@@ -36,9 +38,16 @@ class View:
         place_S = torch.arange(self.slots_RS.shape[1], device=self.slots_RS.device)
         return (place_S >= self.first_RT[..., None]) & (place_S <= self.last_RT[..., None])
 
+    @cached_property
+    def blocks(self) -> BlockMask:
+        return block_mask(self.first_RT, self.last_RT, self.slots_RS.shape[1])
+
 
 class PagedContext(Context):
     """A forward pass whose keys and values lie in a `PagedCache`; one row of N tokens to the model."""
+
+    flex_on = ("cuda",)
+    """Types of device on which chunks of prompts go through FlexAttention."""
 
     def __init__(self, cache: PagedCache, rows: Sequence[Rows], first: int) -> None:
         device = cache.device
@@ -69,6 +78,8 @@ class PagedContext(Context):
             k, v = (store[layer.index][view.slots_RS] for store in (self.cache.keys, self.cache.values))
             if fits(q):
                 y = attend_spans(q, k, v, view.first_RT, view.last_RT)
+            elif count >= BLOCK and layer.head_dim >= LEAST_HEAD and q.device.type in self.flex_on:
+                y = attend_flex(q, k, v, view.blocks)
             else:
                 y = attend(q, k, v, view.mask_RTS)
             outputs.append(y.flatten(0, 1))

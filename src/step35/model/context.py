@@ -152,7 +152,7 @@ class Context:
     def _block_mask(self, window: int | None) -> BlockMask:
         key = ("flex", window)
         if key not in self._memo:
-            self._memo[key] = block_mask(*self._spans(window))
+            self._memo[key] = block_mask(*self._spans(window), self.positions_BT.shape[1])
         return self._memo[key]
 
     def _lengths(self) -> list[int]:
