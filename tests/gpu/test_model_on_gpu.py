@@ -128,7 +128,8 @@ def test_long_prompts_score_as_on_the_cpu(make_model: Make) -> None:
     prompts = [[(7 * n + m) % 97 for n in range(300 + m)] for m in range(2)]
     params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=True)
     scores = []
-    for model in (make_model().eval(), make_model().cuda().eval()):
+    for device in ("cpu", "cuda"):
+        model = make_model(max_position_embeddings=1024).to(device).eval()
         engine = Engine(model, (), max_pass_tokens=500)  # the second prompt comes in two chunks
         scores.append([c.prompt_logprobs for c in engine.generate(engine.create(prompts, params))])
     for expected, found in zip(*scores, strict=True):
