@@ -91,12 +91,12 @@ class Graphs:
         """Return the states (N, D) of `work`, known by `name`, over the rows; nothing lies before position `first`."""
         shape = Shape.holding(rows, first)
         numbers, real = fill(self.cache, shape, tokens, rows)
-        if (name, shape) not in self._graphs:
-            self._graphs[name, shape] = Graph(self.cache, work, shape)
-            self._graphs[name, shape].numbers.copy_(numbers)
+        graph = self._graphs.get((name, shape))
+        if graph is None:
+            graph = self._graphs[name, shape] = Graph(self.cache, work, shape)
             if self._shared is not None:
-                self._graphs[name, shape].capture(self._shared)
-        states_ND = self._graphs[name, shape].replay(numbers)
+                graph.capture(numbers, self._shared)
+        states_ND = graph.replay(numbers)
         return states_ND[real.to(states_ND.device)]
 
 
@@ -109,8 +109,9 @@ class Graph:
         self._captured: torch.cuda.CUDAGraph | None = None
         self._states_ND: Tensor | None = None
 
-    def capture(self, shared: Shared) -> None:
-        """Record the work; it runs on the numbers that are there, since libraries must have run before."""
+    def capture(self, numbers: Tensor, shared: Shared) -> None:
+        """Record the work; first it runs on these numbers, since libraries must have run before."""
+        self.numbers.copy_(numbers)
         with torch.cuda.device(self.cache.device):
             shared.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(shared.stream):

@@ -108,7 +108,7 @@ class Context:
             return kernels.attend_documents(q_BTHC, k_BTKC, v_BTKC, self._lengths())
         if path == "flex" and layer.head_dim >= LEAST_HEAD:
             return attend_flex(q_BTHC, k_BTKC, v_BTKC, self._block_mask(layer.window))
-        mask = self._mask("banded" if path == "banded" else "packed", layer.window)
+        mask = self._mask(path, layer.window)
         if path == "banded":
             return kernels.attend_banded(q_BTHC, k_BTKC, v_BTKC, mask, layer.window)
         return kernels.attend(q_BTHC, k_BTKC, v_BTKC, mask)
@@ -150,7 +150,7 @@ class Context:
         return self._memo[key]
 
     def _block_mask(self, window: int | None) -> BlockMask:
-        key = ("flex", window)
+        key = ("blocks", window)
         if key not in self._memo:
             self._memo[key] = block_mask(*self._spans(window), self.positions_BT.shape[1])
         return self._memo[key]
