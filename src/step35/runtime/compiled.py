@@ -15,7 +15,7 @@ from pathlib import Path
 from step35.runtime.machine import cpu_flags, cpu_model
 
 HEADER = Path(__file__).with_name("vectors.h")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
 SWITCH = "STEP35_COMPILED"
 """Environment variable; 0 keeps everything in torch."""
 

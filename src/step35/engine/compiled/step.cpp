@@ -6,6 +6,8 @@
 //
 // Names as in `step35/model`: N rows, D model, H query heads, K kv heads, C head dim, I expert hidden.
 
+#include <atomic>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -87,7 +89,6 @@ struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many co
 
 constexpr int TILE_ROWS = 4, TILE_OUTS = LANES / 4;
 constexpr int STRIP = 16;  // outputs that one thread computes together: a cache line
-constexpr int DISTANCE = 16384;  // bytes between what is multiplied and what is fetched
 constexpr int BLOCK = 16;  // tokens of a cache block
 
 inline float largest(const float* y, int64_t size) {
@@ -174,10 +175,10 @@ constexpr bool PAIRS = false;
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
 // y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what comes next is
-// fetched meanwhile, since the CPU does not guess it while several rows are read at a time: of a matrix, line by line what
-// lies DISTANCE behind; of keys, those of the next tile. REST: `ins` is not a multiple of the step.
+// fetched meanwhile, since the CPU does not guess it while several rows are read at a time: of a matrix, line by line,
+// what lies at `ahead`; of keys, those of the next tile. REST: `ins` is not a multiple of the step.
 template <int ROWS, int OUTS, bool AHEAD, bool REST, class X, class T>
-inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride) {
+inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride, const char* ahead) {
     constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64;
     constexpr int LINES = std::max<int>(1, OUTS * X::STEP * sizeof(T) / LINE);
     Floats sums[COUNT];
@@ -185,16 +186,16 @@ inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t
     for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
     int64_t d = 0;
     for (; d + X::STEP <= ins; d += X::STEP) {
-        decltype(X::unit(w)) units[OUTS];
-        for (int o = 0; o < OUTS; o++) units[o] = X::unit(w + o * stride + d);
+        decltype(x.part(0, d)) parts[ROWS];
+        for (int r = 0; r < ROWS; r++) parts[r] = x.part(r, d);
         if (AHEAD && stride == ins)
-            for (int i = 0; i < LINES; i++)
-                __builtin_prefetch((const char*)(w + OUTS * d) + DISTANCE + i * LINE, 0, 2);
+            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 2);
         else if (AHEAD)
             for (int o = 0; o < OUTS; o++) __builtin_prefetch(w + (o + OUTS) * stride + d);
-        for (int r = 0; r < ROWS; r++) {
-            auto part = x.part(r, d);
-            for (int o = 0; o < OUTS; o++) sums[r * OUTS + o] = X::add(sums[r * OUTS + o], part, units[o]);
+#pragma GCC unroll 16
+        for (int o = 0; o < OUTS; o++) {
+            auto unit = X::unit(w + o * stride + d);
+            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit);
         }
     }
     if constexpr (REST)
@@ -207,33 +208,36 @@ inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t
         for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
 }
 
+// All outputs of ROWS rows.
 template <int ROWS, bool AHEAD, bool REST, class X, class T>
-inline void tiles(X x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
+INLINE void tiles(X x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride, const char* ahead) {
     constexpr int OUTS = ROWS == 1 ? X::ALONE : TILE_OUTS;
     int o = 0;
-    for (; o + OUTS <= outs; o += OUTS) tile<ROWS, OUTS, AHEAD, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
-    for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * stride, stride, ins, y + o, y_stride);
+    for (; o + OUTS <= outs; o += OUTS)
+        tile<ROWS, OUTS, AHEAD, REST>(x, w + o * stride, stride, ins, y + o, y_stride, ahead + o * ins * sizeof(T));
+    for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * stride, stride, ins, y + o, y_stride, ahead);
 }
 
 // y[r][o] = x[r] . w[o] for any number of rows and of outputs.
 template <bool REST, class X, class T>
-inline void products(X x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride) {
-    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, stride, ins, outs, y, y_stride);
+INLINE void products(X x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride,
+                     const char* ahead) {
+    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
     int64_t r = TILE_ROWS;
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        tiles<TILE_ROWS, false, REST>(x.from(r), w, stride, ins, outs, y + r * y_stride, y_stride);
+        tiles<TILE_ROWS, false, REST>(x.from(r), w, stride, ins, outs, y + r * y_stride, y_stride, ahead);
     r = rows / TILE_ROWS * TILE_ROWS;
     x = x.from(r), y += r * y_stride;
-    if (rows - r == 3) tiles<3, true, REST>(x, w, stride, ins, outs, y, y_stride);
-    if (rows - r == 2) tiles<2, true, REST>(x, w, stride, ins, outs, y, y_stride);
-    if (rows - r == 1) tiles<1, true, REST>(x, w, stride, ins, outs, y, y_stride);
+    if (rows - r == 3) tiles<3, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
+    if (rows - r == 2) tiles<2, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
+    if (rows - r == 1) tiles<1, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
 }
 
 template <class T>
 inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
-                     int64_t y_stride) {
-    if (ins % LANES) products<true>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride);
-    else products<false>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride);
+                     int64_t y_stride, const char* ahead) {
+    if (ins % LANES) products<true>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride, ahead);
+    else products<false>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride, ahead);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +301,7 @@ inline void unpack(const float* high, const float* low, int count, int outs, flo
 
 // Outputs of `outs` matrix rows for `count` packed rows; with PAIR, also for as many rows packed behind these.
 template <bool PAIR>
-inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, bool ahead, float* y) {
+inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, float* y, const bf16* ahead) {
     const int64_t half = TILE_INS * count, next = 2 * ins * count;
     configure_tiles(outs, count);
     _tile_zero(0);
@@ -305,7 +309,7 @@ inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t 
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t d = 0; d < ins; d += TILE_INS, packed += 2 * half) {
-        for (int o = 0; ahead && o < outs; o++) __builtin_prefetch(w + (o + STRIP) * ins + d);
+        for (int o = 0; ahead && o < outs; o++) __builtin_prefetch(ahead + o * ins + d);
         _tile_loadd(6, w + d, ins * 2);
         _tile_loadd(4, packed, count * 4);
         _tile_dpbf16ps(0, 6, 4);
@@ -332,7 +336,7 @@ inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t 
 constexpr bool AMX = false;
 constexpr int TILE_INS = 32;
 inline void pack(const float* const*, int, int64_t, bf16*) {}
-template <bool PAIR> inline void tile_products(const bf16*, int, const bf16*, int64_t, int, bool, float*) {}
+template <bool PAIR> inline void tile_products(const bf16*, int, const bf16*, int64_t, int, float*, const bf16*) {}
 inline void release_tiles() {}
 #endif
 
@@ -376,37 +380,94 @@ struct Rows {
     }
 };
 
-// Outputs `begin` to `begin + count` of a matrix, into y (rows, STRIP).
-inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, float* y) {
+inline const char* row_of(const Matrix& m, int64_t row) {
+    constexpr int64_t sizes[] = {4, 2, 1};
+    return static_cast<const char*>(m.data) + row * m.ins * sizes[m.type];
+}
+
+// Outputs `begin` to `begin + count` of a matrix, into y (rows, STRIP). `ahead`: what this thread reads next.
+inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, float* y, const char* ahead) {
     if (rows.packed) {
         const bf16* w = static_cast<const bf16*>(m.data) + begin * m.ins;
 #ifdef __AVX512BF16__
-        if (!AMX) return products<false>(Paired{rows.packed, m.ins}, rows.count, w, m.ins, m.ins, count, y, STRIP);
+        if (!AMX)
+            return products<false>(Paired{rows.packed, m.ins}, rows.count, w, m.ins, m.ins, count, y, STRIP, ahead);
 #endif
         int64_t r = 0;
-        for (; r + 32 <= rows.count; r += 32)
-            tile_products<true>(rows.packed + 2 * r * m.ins, 16, w, m.ins, count, r == 0, y + r * STRIP);
-        for (; r < rows.count; r += 16) {
+        auto next = reinterpret_cast<const bf16*>(ahead);
+        for (; r + 32 <= rows.count; r += 32, next = nullptr)
+            tile_products<true>(rows.packed + 2 * r * m.ins, 16, w, m.ins, count, y + r * STRIP, next);
+        for (; r < rows.count; r += 16, next = nullptr) {
             int most = std::min<int64_t>(16, rows.count - r);
-            tile_products<false>(rows.packed + 2 * r * m.ins, most, w, m.ins, count, r == 0, y + r * STRIP);
+            tile_products<false>(rows.packed + 2 * r * m.ins, most, w, m.ins, count, y + r * STRIP, next);
         }
         return;
     }
-    typed(m.type, m.data, [&](auto* w) { products(rows.x, rows.count, w + begin * m.ins, m.ins, m.ins, count, y, STRIP); });
+    typed(m.type, m.data, [&](auto* w) {
+        products(rows.x, rows.count, w + begin * m.ins, m.ins, m.ins, count, y, STRIP, ahead);
+    });
     if (m.scales)
         for (int64_t r = 0; r < rows.count; r++)
             for (int o = 0; o < count; o++) y[r * STRIP + o] *= m.scales[begin + o];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// One pass. All members are called by every thread of the team; `omp for` shares the work and ends in a barrier.
+// One pass. All members but `prepare` are called by every thread of the team. Each does its share of a step, then all
+// meet. With few rows, what is cheaper than a meeting is done by every thread for itself.
+
+struct Share {
+    int64_t from, to;
+
+    static Share of(int64_t count) {
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        return {count * me / team, count * (me + 1) / team};
+    }
+};
+
+// Where threads wait for each other: a tenth of a microsecond where OpenMP's barrier, which calls the system, takes one.
+class Meeting {
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> round{0};
+    static constexpr int PATIENCE = 1 << 14;  // looks before a thread sleeps: other processes may want the core
+
+  public:
+    void wait() {
+        const int now = round.load(std::memory_order_relaxed), team = omp_get_num_threads();
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            round.notify_all();
+            return;
+        }
+        for (int looks = 0; round.load(std::memory_order_acquire) == now; looks++)
+            if (looks < PATIENCE) relax();
+            else round.wait(now, std::memory_order_acquire);
+    }
+
+  private:
+    static void relax() {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#endif
+    }
+};
 
 struct Buffers {  // kept from pass to pass
     std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin, states, logits;
-    std::vector<int32_t> chosen, start, entry, experts;
+    std::vector<int32_t> chosen;
+    std::atomic<int64_t> taken;  // rows that some thread attends or has attended
+    Meeting meeting;
 };
 
 thread_local Buffers kept;  // of the thread that calls
+
+// What each thread works out for itself.
+struct Own {
+    std::vector<float> x, joint;
+    std::vector<int32_t> experts, start, entry, next;  // the experts that are chosen, and by which rows
+};
+
+thread_local Own own;
 
 inline int64_t widest_rope(const Model& model) {
     int64_t most = 0;
@@ -436,27 +497,53 @@ struct Pass {
         grow(b.scores, rows * layer.experts);
         grow(b.weights, rows * layer.top_k);
         grow(b.chosen, rows * layer.top_k);
-        grow(b.entry, rows * layer.top_k);
-        grow(b.start, layer.experts + 1);
         grow(b.active, rows * layer.top_k * layer.routed.hidden);
+        grow(b.cos, model.rope_count * rope_stride);
+        grow(b.sin, model.rope_count * rope_stride);
     }
 
-    // y (rows, outs) = x m^T; `add` adds to what y holds.
-    void multiply(const Matrix& m, const float* x, float* y, bool add = false) {
-        const Rows prepared = Rows::of(m, x, rows);
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < strips(m.outs); s++) {
-            int64_t begin = s * STRIP;
-            int outs = std::min<int64_t>(STRIP, m.outs - begin);
+    void meet() { b.meeting.wait(); }
+
+    bool few() const { return rows <= FEW; }
+
+    static constexpr int64_t FEW = 8;
+
+    struct Product {  // y (rows, outs) = x m^T; `add` adds to what y holds
+        const Matrix& m;
+        float* y;
+        bool add = false;
+
+        int64_t strips() const { return Pass::strips(m.outs); }
+    };
+
+    // Products with the same x. `next`: what this thread reads when they are done.
+    void multiply(const float* x, std::initializer_list<Product> products, const char* next) {
+        int64_t all = 0, before = 0;
+        for (const Product& product : products) all += product.strips();
+        const Share mine = Share::of(all);
+        for (const Product& product : products) {
+            const int64_t from = std::max(mine.from - before, int64_t(0)), to = std::min(mine.to - before, product.strips());
+            before += product.strips();
+            if (from >= to) continue;
+            const Matrix& m = product.m;
+            const Rows prepared = Rows::of(m, x, rows);
             float* sums = grow(part, rows * STRIP);
-            strip(m, prepared, begin, outs, sums);
-            for (int64_t n = 0; n < rows; n++)
-                for (int o = 0; o < outs; o++) {
-                    float& target = y[n * m.outs + begin + o];
-                    target = add ? target + sums[n * STRIP + o] : sums[n * STRIP + o];
-                }
+            for (int64_t s = from; s < to; s++) {
+                const int64_t begin = s * STRIP;
+                const int outs = std::min<int64_t>(STRIP, m.outs - begin);
+                strip(m, prepared, begin, outs, sums, s + 1 < to ? row_of(m, begin + STRIP) : next);
+                for (int64_t n = 0; n < rows; n++)
+                    for (int o = 0; o < outs; o++) {
+                        float& target = product.y[n * m.outs + begin + o];
+                        target = product.add ? target + sums[n * STRIP + o] : sums[n * STRIP + o];
+                    }
+            }
         }
+        meet();
     }
+
+    // Where this thread begins when a matrix is shared out by strips.
+    static const char* start_of(const Matrix& m) { return row_of(m, Share::of(strips(m.outs)).from * STRIP); }
 
     static int64_t strips(int64_t outs) { return (outs + STRIP - 1) / STRIP; }
 
@@ -472,9 +559,13 @@ struct Pass {
         });
     }
 
-    void norm_rows(const Matrix& weight) {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < rows; n++) norm(h + n * D, weight, D, &b.x[n * D]);
+    // The rows of h, normed; with `picked`, those rows of it.
+    const float* normed(const Matrix& weight, const int32_t* picked = nullptr) {
+        float* x = few() ? grow(own.x, rows * D) : b.x.data();
+        const Share mine = few() ? Share{0, rows} : Share::of(rows);
+        for (int64_t n = mine.from; n < mine.to; n++) norm(h + (picked ? picked[n] : n) * D, weight, D, x + n * D);
+        if (!few()) meet();
+        return x;
     }
 
     void embed(int64_t row, float* y) const {
@@ -486,29 +577,28 @@ struct Pass {
     }
 
     void angles() {
-        for (int r = 0; r < model.rope_count; r++) {
-            const Rope& rope = model.ropes[r];
-#pragma omp for schedule(static) nowait
-            for (int64_t n = 0; n < rows; n++)
-                for (int64_t j = 0; j < rope.half; j++) {
-                    float angle = float(batch.positions[n]) * rope.frequencies[j];
+        const Share mine = Share::of(rows);
+        for (int r = 0; r < model.rope_count; r++)
+            for (int64_t n = mine.from; n < mine.to; n++)
+                for (int64_t j = 0; j < model.ropes[r].half; j++) {
+                    float angle = float(batch.positions[n]) * model.ropes[r].frequencies[j];
                     b.cos[r * rope_stride + n * half_stride + j] = std::cos(angle);
                     b.sin[r * rope_stride + n * half_stride + j] = std::sin(angle);
                 }
-        }
     }
 
-    void block(const Layer& layer) {
-        norm_rows(layer.attention_norm);
-        multiply(layer.qkv, b.x.data(), b.heads.data());
-        multiply(layer.gate, b.x.data(), b.gates.data());
+    // `next`: what this thread reads when the layer is done.
+    void block(const Layer& layer, const char* next) {
+        const float* x = normed(layer.attention_norm);
+        if (!omp_get_thread_num()) b.taken.store(0, std::memory_order_relaxed);
+        multiply(x, {{layer.qkv, b.heads.data()}, {layer.gate, b.gates.data()}}, start_of(layer.out));
         store_heads(layer);
         attention(layer);
-        multiply(layer.out, b.attended.data(), h, true);
-        norm_rows(layer.ffn_norm);
-        if (layer.experts) route(layer);
-        hidden(layer);
-        down(layer);
+        multiply(b.attended.data(), {{layer.out, h, true}}, start_of(layer.experts ? layer.router : layer.shared.gate_up));
+        x = normed(layer.ffn_norm);
+        if (layer.experts) route(layer, x);
+        hidden(layer, x);
+        down(layer, next);
     }
 
     // Norm and rotate queries in place; keys and values go to the cache.
@@ -516,8 +606,8 @@ struct Pass {
         int64_t C = layer.head_dim, H = layer.heads, K = layer.kv_heads, all = H + 2 * K;
         const int32_t** tables = layer.window ? batch.window : batch.full;
         int64_t half = model.ropes[layer.rope].half;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * all; i++) {
+        const Share mine = Share::of(rows * all);
+        for (int64_t i = mine.from; i < mine.to; i++) {
             int64_t n = i / all, head = i % all;
             float* x = &b.heads[i * C];
             if (head < H + K) {
@@ -538,15 +628,16 @@ struct Pass {
                 });
             }
         }
+        meet();
     }
 
     void attention(const Layer& layer) {
         int64_t K = layer.kv_heads;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < rows * K; i++)
+        for (int64_t i; (i = b.taken.fetch_add(1, std::memory_order_relaxed)) < rows * K;)
             cached(model.cache_type, layer.keys, [&](auto* keys) {
                 attend(layer, i / K, i % K, keys, static_cast<decltype(keys)>(layer.values));
             });
+        meet();
     }
 
     // One row, and the query heads that share one kv head, over all visible blocks, with a running softmax.
@@ -567,7 +658,7 @@ struct Pass {
             int64_t place = (table[block] * BLOCK + from % BLOCK) * stride + kv * C;
             for (int64_t s = 0; s < count; s++)
                 for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(values + place + s * stride + c);
-            products(q, group, keys + place, stride, C, count, scores, BLOCK);
+            products(q, group, keys + place, stride, C, count, scores, BLOCK, reinterpret_cast<const char*>(keys + place));
             for (int64_t g = 0; g < group; g++)
                 soften(scores + g * BLOCK, count, scale, top[g], &totals[g], out + g * C, C);
             for (int64_t g = 0; g < group; g += 4) {
@@ -627,23 +718,28 @@ struct Pass {
         }
     }
 
-    // Choose each row's experts and weigh them; then list the rows of each expert.
-    void route(const Layer& layer) {
+    // Choose each row's experts and weigh them.
+    void route(const Layer& layer, const float* x) {
         const int64_t E = layer.experts, top_k = layer.top_k;
-        multiply(layer.router, b.x.data(), b.scores.data());
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < rows; n++) choose(layer, &b.scores[n * E], &b.chosen[n * top_k], &b.weights[n * top_k]);
-#pragma omp single
-        {
-            std::fill(b.start.begin(), b.start.end(), 0);
-            for (int64_t i = 0; i < rows * top_k; i++) b.start[b.chosen[i] + 1]++;
-            for (int64_t e = 0; e < E; e++) b.start[e + 1] += b.start[e];
-            std::vector<int32_t> next(b.start.begin(), b.start.end());
-            for (int64_t i = 0; i < rows * top_k; i++) b.entry[next[b.chosen[i]]++] = i;
-            b.experts.clear();
-            for (int64_t e = 0; e < E; e++)
-                if (b.start[e + 1] > b.start[e]) b.experts.push_back(e);
+        multiply(x, {{layer.router, b.scores.data()}}, start_of(layer.shared.gate_up));
+        const Share mine = Share::of(rows);
+        for (int64_t n = mine.from; n < mine.to; n++) choose(layer, &b.scores[n * E], &b.chosen[n * top_k], &b.weights[n * top_k]);
+        meet();
+        list(layer);
+    }
+
+    // List the rows of each expert that is chosen.
+    void list(const Layer& layer) {
+        const int64_t E = layer.experts, all = rows * layer.top_k;
+        int32_t *start = grow(own.start, E + 1), *entry = grow(own.entry, all), *end = grow(own.next, E);
+        std::fill_n(start, E + 1, 0);
+        for (int64_t i = 0; i < all; i++) start[b.chosen[i] + 1]++;
+        own.experts.clear();
+        for (int64_t e = 0; e < E; e++) {
+            if (start[e + 1]) own.experts.push_back(e);
+            end[e] = start[e], start[e + 1] += start[e];
         }
+        for (int64_t i = 0; i < all; i++) entry[end[b.chosen[i]]++] = i;
     }
 
     void choose(const Layer& layer, float* scores, int32_t* chosen, float* weights) const {
@@ -665,37 +761,45 @@ struct Pass {
     static constexpr int MOST_EXPERTS = 4096;
 
     // The intermediate activations of the shared (or dense) MLP, then of every chosen expert.
-    void hidden(const Layer& layer) {
+    void hidden(const Layer& layer, const float* x) {
         const int64_t I = layer.routed.hidden, shared = strips(layer.shared.hidden), each = strips(I);
-        const int64_t active = layer.experts ? b.experts.size() : 0;
-        int64_t prepared = -1;  // whose rows are ready: 0 for the shared MLP, 1 for the first active expert, ...
-        Rows x{};
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < shared + active * each; task++) {
-            int64_t number = task < shared ? 0 : 1 + (task - shared) / each;
-            int64_t e = number ? b.experts[number - 1] : 0, start = number ? b.start[e] : 0;
-            if (number != prepared) x = number ? rows_of(layer, e) : Rows::of(layer.shared.gate_up, b.x.data(), rows);
+        const Share mine = Share::of(shared + (layer.experts ? own.experts.size() * each : 0));
+        int64_t prepared = -1;  // whose rows are ready: 0 for the shared MLP, 1 for the first chosen expert, ...
+        Rows ready{};
+        for (int64_t task = mine.from; task < mine.to; task++) {
+            const int64_t number = task < shared ? 0 : 1 + (task - shared) / each;
+            const int64_t e = number ? own.experts[number - 1] : 0, start = number ? own.start[e] : 0;
+            if (number != prepared) ready = number ? rows_of(layer, e, x) : Rows::of(layer.shared.gate_up, x, rows);
             prepared = number;
-            if (number) swiglu(layer.routed, e, (task - shared) % each, x, &b.active[start * I]);
-            else swiglu(layer.shared, 0, task, x, b.shared_active.data());
+            const int64_t then = task + 1;
+            const char* next = then == mine.to ? start_of(layer.shared.down)
+                               : then < shared ? gate_of(layer.shared, 0, then)
+                                               : gate_of(layer.routed, own.experts[(then - shared) / each], (then - shared) % each);
+            if (number) swiglu(layer.routed, e, (task - shared) % each, ready, &b.active[start * I], next);
+            else swiglu(layer.shared, 0, task, ready, b.shared_active.data(), next);
         }
+        meet();
     }
 
     // The rows that have chosen expert e.
-    Rows rows_of(const Layer& layer, int64_t e) const {
-        int64_t start = b.start[e], count = b.start[e + 1] - start;
-        const float** x = grow(row_pointers, count);
-        for (int64_t i = 0; i < count; i++) x[i] = &b.x[b.entry[start + i] / layer.top_k * D];
-        return Rows::of(layer.routed.gate_up, x, count);
+    Rows rows_of(const Layer& layer, int64_t e, const float* x) const {
+        int64_t start = own.start[e], count = own.start[e + 1] - start;
+        const float** chosen = grow(row_pointers, count);
+        for (int64_t i = 0; i < count; i++) chosen[i] = x + own.entry[start + i] / layer.top_k * D;
+        return Rows::of(layer.routed.gate_up, chosen, count);
+    }
+
+    static const char* gate_of(const Mlp& mlp, int64_t expert, int64_t number) {
+        return row_of(mlp.gate_up, expert * 2 * mlp.hidden + number * STRIP);
     }
 
     // Strip `number` of one expert's activations, into y (count, hidden).
-    void swiglu(const Mlp& mlp, int64_t expert, int64_t number, const Rows& rows, float* y) {
+    void swiglu(const Mlp& mlp, int64_t expert, int64_t number, const Rows& rows, float* y, const char* next) {
         int64_t count = rows.count, begin = number * STRIP, first = expert * 2 * mlp.hidden + begin;
         int outs = std::min<int64_t>(STRIP, mlp.hidden - begin);
         float *gate = grow(part, 2 * count * STRIP), *up = gate + count * STRIP;
-        strip(mlp.gate_up, rows, first, outs, gate);
-        strip(mlp.gate_up, rows, first + mlp.hidden, outs, up);
+        strip(mlp.gate_up, rows, first, outs, gate, row_of(mlp.gate_up, first + mlp.hidden));
+        strip(mlp.gate_up, rows, first + mlp.hidden, outs, up, next);
         for (int64_t i = 0; i < count; i++) {
             const float *g = gate + i * STRIP, *u = up + i * STRIP;
             float *to = y + i * mlp.hidden + begin, most = mlp.clip > 0 ? mlp.clip : INFINITY;
@@ -705,31 +809,33 @@ struct Pass {
     }
 
     // h += shared + sum of weight * expert, the experts in the order of their numbers. Each thread has columns of its own.
-    void down(const Layer& layer) {
-        const int64_t I = layer.routed.hidden, team = omp_get_num_threads(), me = omp_get_thread_num();
-        const int64_t from = strips(D) * me / team, to = strips(D) * (me + 1) / team;
+    void down(const Layer& layer, const char* next) {
+        const int64_t I = layer.routed.hidden, count = layer.experts ? own.experts.size() : 0;
+        const Share mine = Share::of(strips(D));
+        auto start_of_expert = [&](int64_t i) {
+            return i < count ? row_of(layer.routed.down, own.experts[i] * D + mine.from * STRIP) : next;
+        };
         const Rows shared = Rows::of(layer.shared.down, b.shared_active.data(), rows);
-        add_strips(layer.shared.down, shared, 0, from, to, [&](int64_t n) { return std::pair(n, 1.0f); });
-        if (layer.experts)
-            for (int32_t e : b.experts) {
-                int64_t start = b.start[e];
-                const Rows x = Rows::of(layer.routed.down, &b.active[start * I], b.start[e + 1] - start);
-                add_strips(layer.routed.down, x, e * D, from, to, [&](int64_t i) {
-                    int32_t entry = b.entry[start + i];
-                    return std::pair<int64_t, float>(entry / layer.top_k, b.weights[entry]);
-                });
-            }
-#pragma omp barrier
+        add_strips(layer.shared.down, shared, 0, mine, start_of_expert(0), [&](int64_t n) { return std::pair(n, 1.0f); });
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t e = own.experts[i], start = own.start[e];
+            const Rows x = Rows::of(layer.routed.down, &b.active[start * I], own.start[e + 1] - start);
+            add_strips(layer.routed.down, x, e * D, mine, start_of_expert(i + 1), [&](int64_t i) {
+                int32_t entry = own.entry[start + i];
+                return std::pair<int64_t, float>(entry / layer.top_k, b.weights[entry]);
+            });
+        }
+        meet();
     }
 
     // For each row i of x, add weight * (x m^T) to a row of h: `target` gives both. `first`: the first row of m.
     template <class F>
-    void add_strips(const Matrix& m, const Rows& x, int64_t first, int64_t from, int64_t to, F target) {
+    void add_strips(const Matrix& m, const Rows& x, int64_t first, Share mine, const char* next, F target) {
         float* sums = grow(part, x.count * STRIP);
-        for (int64_t s = from; s < to; s++) {
+        for (int64_t s = mine.from; s < mine.to; s++) {
             int64_t begin = s * STRIP;
             int outs = std::min<int64_t>(STRIP, D - begin);
-            strip(m, x, first + begin, outs, sums);
+            strip(m, x, first + begin, outs, sums, s + 1 < mine.to ? row_of(m, first + begin + STRIP) : next);
             for (int64_t i = 0; i < x.count; i++) {
                 auto [n, weight] = target(i);
                 float* y = h + n * D + begin;
@@ -738,21 +844,23 @@ struct Pass {
         }
     }
 
+    // Keep the states h for the module that reads them.
     void keep(int state) {
+        const Share mine = Share::of(rows);
         cached(model.cache_type, model.hidden[state], [&](auto* states) {
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < rows; n++) {
+            for (int64_t n = mine.from; n < mine.to; n++) {
                 auto* to = states + slot(batch.window, n, batch.positions[n]) * D;
                 for (int64_t d = 0; d < D; d++) narrow(h[n * D + d], to + d);
             }
         });
     }
 
-    // [norm(embedding); norm(state of the position before)]
-    void join(int k, const Module& module) {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < rows; n++) {
-            float *embedding = &b.joint[n * 2 * D], *state = embedding + D;
+    // [norm(embedding); norm(state of the position before)] of each row
+    const float* join(int k, const Module& module) {
+        float* joint = few() ? grow(own.joint, rows * 2 * D) : b.joint.data();
+        const Share mine = few() ? Share{0, rows} : Share::of(rows);
+        for (int64_t n = mine.from; n < mine.to; n++) {
+            float *embedding = joint + n * 2 * D, *state = embedding + D;
             embed(n, embedding);
             norm(embedding, module.embedding_norm, D, embedding);
             cached(model.cache_type, model.hidden[k], [&](auto* states) {
@@ -761,14 +869,74 @@ struct Pass {
             });
             norm(state, module.hidden_norm, D, state);
         }
+        if (!few()) meet();
+        return joint;
+    }
+
+    // h = the trunk's output before the final norm.
+    void trunk() {
+        const Share mine = Share::of(rows);
+        for (int64_t n = mine.from; n < mine.to; n++) embed(n, h + n * D);
+        angles();
+        meet();
+        for (int i = 0; i < model.layer_count; i++)
+            block(model.layers[i], start_of(i + 1 < model.layer_count ? model.layers[i + 1].qkv : model.head));
+        if (model.hidden) keep(0);
+        release_tiles();
+    }
+
+    // h = the output of MTP module k.
+    void module(int k) {
+        const Module& module = model.modules[k];
+        angles();
+        multiply(join(k, module), {{module.joint, h}}, start_of(module.layer.qkv));
+        block(module.layer, start_of(module.head));
+        keep(k + 1);
+        release_tiles();
+    }
+
+    // y (rows, V) = logits of the rows h, of the trunk (k = -1) or of MTP module k. Also each row's likeliest token, the
+    // lowest of equals, and its log-probability unless `logprobs` is null.
+    void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked = nullptr) {
+        const Matrix& head = k < 0 ? model.head : model.modules[k].head;
+        multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, start_of(head));
+        release_tiles();
+        const Share mine = Share::of(rows);
+        for (int64_t n = mine.from; n < mine.to; n++) {
+            const float* row = y + n * head.outs;
+            float top = largest(row, head.outs);
+            best[n] = std::min(std::find(row, row + head.outs, top) - row, head.outs - 1);  // all may be NaN
+            if (logprobs) logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, top));
+        }
     }
 };
 
-void prepare(Pass& pass, const Layer* layers, int count) {
-    for (int i = 0; i < count; i++) pass.prepare(layers[i]);
-    grow(pass.b.cos, pass.model.rope_count * pass.rope_stride);
-    grow(pass.b.sin, pass.model.rope_count * pass.rope_stride);
-}
+// What module k runs to make its drafts: of each request the known tokens that it has not seen, and the drafts so far.
+struct Stage {
+    std::vector<int32_t> tokens, positions, request, begin, first_draft, last, best;
+    Batch batch{}, ends{};
+
+    Stage(const Drafting& d, int32_t deepest, int32_t k) : begin(d.requests), first_draft(d.requests) {
+        for (int32_t r = 0; r < d.requests; r++) {
+            if (d.depth[r] <= k) continue;
+            const int32_t start = d.start[r * deepest + k], length = d.length[r];
+            begin[r] = tokens.size(), first_draft[r] = begin[r] + length - start;
+            for (int32_t p = start; p < length + k; p++) {
+                tokens.push_back(p < length ? d.known[r][p - d.first[r]] : 0);
+                positions.push_back(p), request.push_back(r);
+            }
+            last.push_back(int32_t(tokens.size()) - 1);
+        }
+        best.resize(last.size());
+        batch = {tokens.data(), positions.data(), request.data(), d.full, d.window, int32_t(tokens.size()), k + 1};
+        ends.rows = last.size();
+    }
+
+    // Take the draft of module k for request r, where it is read.
+    void put(int32_t r, int32_t k, int32_t token) {
+        if (first_draft[r] + k >= begin[r]) tokens[first_draft[r] + k] = token;
+    }
+};
 
 // Keep each worker thread of the caller's team on a core of its own, once; the caller itself stays free.
 inline void pin(int32_t threads) {
@@ -799,84 +967,60 @@ extern "C" {
 // h (N, D) = the trunk's output before the final norm; the states that modules read are kept too.
 void trunk(const Model* model, const Batch* batch, float* h) {
     Pass pass{*model, *batch, kept, h};
-    prepare(pass, model->layers, model->layer_count);
+    for (int i = 0; i < model->layer_count; i++) pass.prepare(model->layers[i]);
     pin(model->threads);
 #pragma omp parallel num_threads(model->threads)
-    {
-#pragma omp for schedule(static) nowait
-        for (int64_t n = 0; n < pass.rows; n++) pass.embed(n, h + n * pass.D);
-        pass.angles();
-#pragma omp barrier
-        for (int i = 0; i < model->layer_count; i++) pass.block(model->layers[i]);
-        if (model->hidden) pass.keep(0);
-        release_tiles();
-    }
+    pass.trunk();
 }
 
 // h (N, D) = the output of MTP module k.
 void module(const Model* model, int32_t k, const Batch* batch, float* h) {
     Pass pass{*model, *batch, kept, h};
-    const Module& module = model->modules[k];
-    prepare(pass, &module.layer, 1);
+    pass.prepare(model->modules[k].layer);
     grow(kept.joint, pass.rows * 2 * pass.D);
 #pragma omp parallel num_threads(model->threads)
-    {
-        pass.join(k, module);
-        pass.angles();
-        pass.multiply(module.joint, pass.b.joint.data(), h);
-        pass.block(module.layer);
-        pass.keep(k + 1);
-        release_tiles();
-    }
+    pass.module(k);
 }
 
-// y (count, V) = logits of the rows h (count, D), of the trunk (k = -1) or of MTP module k. Also each row's likeliest
-// token, the lowest of equals, and its log-probability.
+// As `Pass::logits`, of the rows h (count, D).
 void logits(const Model* model, int32_t k, const float* h, int32_t count, float* y, int32_t* best, float* logprobs) {
     Batch batch{};
     batch.rows = count;
     Pass pass{*model, batch, kept, const_cast<float*>(h)};
-    const Matrix& head = k < 0 ? model->head : model->modules[k].head;
     grow(kept.x, count * pass.D);
 #pragma omp parallel num_threads(model->threads)
-    {
-        pass.norm_rows(k < 0 ? model->norm : model->modules[k].norm);
-        pass.multiply(head, pass.b.x.data(), y);
-        release_tiles();
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < count; n++) {
-            const float* row = y + n * head.outs;
-            float top = largest(row, head.outs);
-            best[n] = std::min(std::find(row, row + head.outs, top) - row, head.outs - 1);  // all may be NaN
-            logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, top));
-        }
-    }
+    pass.logits(k, y, best, logprobs);
 }
 
 // Let module after module propose a token behind what is known and proposed so far, for all requests together.
 void draft(const Model* model, const Drafting* d) {
-    int32_t deepest = *std::max_element(d->depth, d->depth + d->requests);
-    std::vector<int32_t> tokens, positions, request, last, best;
-    std::vector<float> logprobs;
+    const int32_t deepest = *std::max_element(d->depth, d->depth + d->requests);
+    std::vector<Stage> stages;
+    stages.reserve(deepest);
+    for (int32_t k = 0; k < deepest; k++) stages.emplace_back(*d, deepest, k);
+    float *h = nullptr, *y = nullptr;
+    for (Stage& stage : stages) {
+        h = grow(kept.states, stage.batch.rows * model->embedding.ins);
+        y = grow(kept.logits, stage.ends.rows * model->head.outs);
+        grow(kept.joint, stage.batch.rows * 2 * model->embedding.ins);
+    }
+    std::vector<Pass> modules, heads;
     for (int32_t k = 0; k < deepest; k++) {
-        tokens.clear(), positions.clear(), request.clear(), last.clear();
-        for (int32_t r = 0; r < d->requests; r++) {
-            if (d->depth[r] <= k) continue;
-            for (int32_t p = d->start[r * deepest + k]; p < d->length[r] + k; p++) {
-                bool known = p < d->length[r];
-                tokens.push_back(known ? d->known[r][p - d->first[r]] : d->drafts[r * deepest + p - d->length[r]]);
-                positions.push_back(p), request.push_back(r);
-            }
-            last.push_back(int32_t(tokens.size()) - 1);
+        modules.push_back(Pass{*model, stages[k].batch, kept, h});
+        modules.back().prepare(model->modules[k].layer);
+        heads.push_back(Pass{*model, stages[k].ends, kept, h});
+    }
+#pragma omp parallel num_threads(model->threads)
+    for (int32_t k = 0; k < deepest; k++) {
+        modules[k].module(k);
+        heads[k].logits(k, y, stages[k].best.data(), nullptr, stages[k].last.data());
+        const Share mine = Share::of(heads[k].rows);  // those that this thread has just found
+        for (int64_t i = mine.from; i < mine.to; i++) {
+            const int32_t r = stages[k].request[stages[k].last[i]], token = stages[k].best[i];
+            d->drafts[r * deepest + k] = token;
+            for (int32_t later = k + 1; later < d->depth[r]; later++) stages[later].put(r, k, token);
         }
-        Batch batch{tokens.data(), positions.data(), request.data(), d->full, d->window, int32_t(tokens.size()), k + 1};
-        const int64_t D = model->embedding.ins, count = last.size();
-        float *h = grow(kept.states, (batch.rows + count) * D), *ends = h + batch.rows * D;
-        module(model, k, &batch, h);
-        for (int64_t i = 0; i < count; i++) std::copy_n(h + last[i] * D, D, ends + i * D);
-        float* y = grow(kept.logits, count * model->head.outs);
-        logits(model, k, ends, count, y, grow(best, count), grow(logprobs, count));
-        for (int64_t i = 0; i < count; i++) d->drafts[request[last[i]] * deepest + k] = best[i];
+        heads[k].meet();
     }
 }
 }
