@@ -6,12 +6,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 namespace {
 
@@ -26,6 +28,12 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+// Calls f with the constants 0 to COUNT - 1, so that arrays which it indexes with them are kept in registers.
+template <int COUNT, class F> INLINE void unrolled(F f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) INLINED { (f(std::integral_constant<int, I>{}), ...); }
+    (std::make_integer_sequence<int, COUNT>{});
+}
 
 INLINE Floats load(const float* p) {
     Floats v;
@@ -90,6 +98,20 @@ INLINE Floats fold(Floats a, Floats b) {
     return __builtin_shuffle(a, b, as_vector(low)) + __builtin_shuffle(a, b, as_vector(high));
 }
 
+// Vector i of LANES vectors trades its element j for element i of vector j.
+template <int DONE = 1> INLINE void transpose(Floats* v) {
+    if constexpr (DONE < LANES) {
+        static constexpr Places low = interleaved(0), high = interleaved(LANES / 2);
+        Floats next[LANES];
+        unrolled<LANES / 2>([&](auto i) INLINED {
+            next[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], as_vector(low));
+            next[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], as_vector(high));
+        });
+        transpose<2 * DONE>(next);
+        unrolled<LANES>([&](auto i) INLINED { v[i] = next[i]; });
+    }
+}
+
 // Combines elements that are SHIFT apart, then SHIFT / 2, down to LEAST.
 template <int SHIFT, int LEAST, class F> INLINE Floats combine(Floats v, F with) {
     if constexpr (SHIFT >= LEAST && SHIFT > 0) {
@@ -101,12 +123,14 @@ template <int SHIFT, int LEAST, class F> INLINE Floats combine(Floats v, F with)
 
 // The sum of the elements of each of COUNT vectors (a power of two, at most LANES) is left in v[0], one behind the
 // other. The order of additions within a vector is the same whatever COUNT is.
-template <int COUNT> INLINE void sum(Floats* v) {
-#pragma GCC unroll 8
-    for (int half = COUNT / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++) v[i] = fold(v[i], v[i + half]);
-    v[0] = combine<LANES / 2, COUNT>(v[0], [](Floats a, Floats b) { return a + b; });
+template <int COUNT, int LEFT = COUNT> INLINE void sum(Floats* v) {
+    if constexpr (LEFT > 1) {
+        constexpr int HALF = LEFT / 2;
+        unrolled<HALF>([&](auto i) INLINED { v[i] = fold(v[i], v[i + HALF]); });
+        sum<COUNT, HALF>(v);
+    } else {
+        v[0] = combine<LANES / 2, COUNT>(v[0], [](Floats a, Floats b) { return a + b; });
+    }
 }
 
 INLINE float total(Floats v) {

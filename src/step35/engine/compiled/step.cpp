@@ -182,27 +182,25 @@ inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t
     constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64;
     constexpr int LINES = std::max<int>(1, OUTS * X::STEP * sizeof(T) / LINE);
     Floats sums[COUNT];
-#pragma GCC unroll 16
-    for (int i = 0; i < COUNT; i++) sums[i] = Floats{};
+    unrolled<COUNT>([&](auto i) INLINED { sums[i] = Floats{}; });
     int64_t d = 0;
     for (; d + X::STEP <= ins; d += X::STEP) {
         decltype(x.part(0, d)) parts[ROWS];
-        for (int r = 0; r < ROWS; r++) parts[r] = x.part(r, d);
+        unrolled<ROWS>([&](auto r) INLINED { parts[r] = x.part(r, d); });
         if (AHEAD && stride == ins)
             for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 2);
         else if (AHEAD)
             for (int o = 0; o < OUTS; o++) __builtin_prefetch(w + (o + OUTS) * stride + d);
-#pragma GCC unroll 16
-        for (int o = 0; o < OUTS; o++) {
+        unrolled<OUTS>([&](auto o) INLINED {
             auto unit = X::unit(w + o * stride + d);
-            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit);
-        }
+            unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit); });
+        });
     }
     if constexpr (REST)
-        for (int o = 0; o < OUTS; o++) {
+        unrolled<OUTS>([&](auto o) INLINED {
             Floats wide = load_some(w + o * stride + d, ins - d);
-            for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] += load_some(x.x[r] + d, ins - d) * wide;
-        }
+            unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] += load_some(x.x[r] + d, ins - d) * wide; });
+        });
     sum<COUNT>(sums);
     for (int r = 0; r < ROWS; r++)
         for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
@@ -463,7 +461,8 @@ thread_local Buffers kept;  // of the thread that calls
 
 // What each thread works out for itself.
 struct Own {
-    std::vector<float> x, joint;
+    std::vector<float> x, joint, scores, turned;
+    std::vector<int32_t> groups;                 // the first rows of what attends together
     std::vector<int32_t> experts, start, entry, next;  // the experts that are chosen, and by which rows
 };
 
@@ -632,90 +631,162 @@ struct Pass {
     }
 
     void attention(const Layer& layer) {
-        int64_t K = layer.kv_heads;
-        for (int64_t i; (i = b.taken.fetch_add(1, std::memory_order_relaxed)) < rows * K;)
+        const int64_t K = layer.kv_heads, team = omp_get_num_threads();
+        const int64_t together = std::max<int64_t>(1, std::min(MOST_QUERIES * K / layer.heads, rows * K / team));
+        own.groups.clear();
+        for (int64_t n = 0; n < rows; n++)
+            if (!n || batch.request[n] != batch.request[n - 1] || n - own.groups.back() == together) own.groups.push_back(n);
+        const int64_t tasks = own.groups.size() * K;
+        own.groups.push_back(rows);
+        for (int64_t i; (i = b.taken.fetch_add(1, std::memory_order_relaxed)) < tasks;)
             cached(model.cache_type, layer.keys, [&](auto* keys) {
-                attend(layer, i / K, i % K, keys, static_cast<decltype(keys)>(layer.values));
+                attend(layer, own.groups[i / K], own.groups[i / K + 1], i % K, keys, static_cast<decltype(keys)>(layer.values));
             });
         meet();
     }
 
-    // One row, and the query heads that share one kv head, over all visible blocks, with a running softmax.
-    template <class T> void attend(const Layer& layer, int64_t n, int64_t kv, const T* keys, const T* values) {
+    static constexpr int CHUNK = 128;         // keys whose weights are worked out together
+    static constexpr int MOST_QUERIES = 64;  // that read keys together
+
+    // The query heads that share one kv head, of rows `begin` to `end`, which one request has in a row: over all visible
+    // blocks, with a running softmax. Keys beyond a row's own count zero for it.
+    template <class T> void attend(const Layer& layer, int64_t begin, int64_t end, int64_t kv, const T* keys, const T* values) {
         const int64_t C = layer.head_dim, stride = layer.kv_heads * C, group = layer.heads / layer.kv_heads;
-        const int64_t last = batch.positions[n], first = first_visible(layer, last);
-        const int32_t* table = (layer.window ? batch.window : batch.full)[batch.request[n]];
-        const float* queries = &b.heads[n * layer.qkv.outs + kv * group * C];
-        float* out = &b.attended[(n * layer.heads + kv * group) * C];
+        const int64_t queries = (end - begin) * group;
+        const int64_t from = first_visible(layer, batch.positions[begin]), to = batch.positions[end - 1] + 1;
+        const int32_t* table = (layer.window ? batch.window : batch.full)[batch.request[begin]];
         const float scale = 1.0f / std::sqrt(float(C));
-        const float* q[MOST_HEADS];
-        float top[MOST_HEADS], scores[MOST_HEADS * BLOCK];
-        Floats totals[MOST_HEADS];
-        for (int64_t g = 0; g < group; g++) q[g] = queries + g * C, top[g] = -INFINITY, totals[g] = Floats{};
-        std::fill(out, out + group * C, 0.0f);
-        for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) {
-            int64_t from = std::max(first, block * BLOCK), count = std::min(last + 1, (block + 1) * BLOCK) - from;
-            int64_t place = (table[block] * BLOCK + from % BLOCK) * stride + kv * C;
-            for (int64_t s = 0; s < count; s++)
-                for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(values + place + s * stride + c);
-            products(q, group, keys + place, stride, C, count, scores, BLOCK, reinterpret_cast<const char*>(keys + place));
-            for (int64_t g = 0; g < group; g++)
-                soften(scores + g * BLOCK, count, scale, top[g], &totals[g], out + g * C, C);
-            for (int64_t g = 0; g < group; g += 4) {
-                auto weigh = group - g >= 4 ? weigh_values<4, T> : group - g == 3 ? weigh_values<3, T>
-                             : group - g == 2 ? weigh_values<2, T> : weigh_values<1, T>;
-                weigh(values + place, stride, count, scores + g * BLOCK, out + g * C, C);
+        const float* q[MOST_QUERIES];
+        float *out[MOST_QUERIES], *scores = grow(own.scores, queries * CHUNK), *turned = grow(own.turned, C * LANES);
+        float top[MOST_QUERIES];
+        Floats totals[MOST_QUERIES];
+        for (int64_t i = 0; i < queries; i++) {
+            const int64_t n = begin + i / group, head = kv * group + i % group;
+            q[i] = &b.heads[n * layer.qkv.outs + head * C];
+            out[i] = &b.attended[(n * layer.heads + head) * C];
+            std::fill_n(out[i], C, 0.0f);
+            top[i] = -INFINITY, totals[i] = Floats{};
+        }
+        auto fetch = [&](int64_t chunk) {
+            for (int64_t block = std::max(from, chunk) / BLOCK; block * BLOCK < std::min(to, chunk + CHUNK); block++)
+                for (int64_t i = 0; i < BLOCK; i++)
+                    for (int64_t c = 0, place = (table[block] * BLOCK + i) * stride + kv * C; c < C; c += 64 / sizeof(T)) {
+                        __builtin_prefetch(keys + place + c, 0, 2);
+                        __builtin_prefetch(values + place + c, 0, 2);
+                    }
+        };
+        fetch(from / CHUNK * CHUNK);
+        for (int64_t chunk = from / CHUNK * CHUNK; chunk < to; chunk += CHUNK) {
+            const T* rows_of_values[CHUNK / BLOCK];
+            fetch(chunk + CHUNK);
+            const int start = std::max(from - chunk, int64_t(0)), stop = std::min<int64_t>(to - chunk, CHUNK);
+            for (int s = start / BLOCK * BLOCK; s < stop; s += BLOCK) {
+                const int64_t block = (chunk + s) / BLOCK, place = table[block] * BLOCK * stride + kv * C;
+                rows_of_values[s / BLOCK] = values + place;
+                for (int part = 0; part < BLOCK; part += LANES) {
+                    turn(keys + place + part * stride, stride, C, turned);
+                    by_fours(queries, [&](int64_t i, auto count) { score<count>(q + i, turned, C, scores + i * CHUNK + s + part); });
+                }
             }
-        }
-        for (int64_t g = 0; g < group; g++) {
-            sum<1>(&totals[g]);
-            float gate = sigmoid(b.gates[n * layer.heads + kv * group + g]) / totals[g][0];
-            for (int64_t c = 0; c < C; c++) out[g * C + c] *= gate;
-        }
-    }
-
-    static constexpr int MOST_HEADS = 64;
-
-    // out (HEADS, C) += weights (HEADS, BLOCK) times the first `count` values.
-    template <int HEADS, class T>
-    static void weigh_values(const T* values, int64_t stride, int64_t count, const float* weights, float* out, int64_t C) {
-        int64_t c = 0;
-        for (; c + LANES <= C; c += LANES) {
-            Floats sums[HEADS];
-            for (int g = 0; g < HEADS; g++) sums[g] = load(out + g * C + c);
-            for (int64_t s = 0; s < count; s++) {
-                Floats value = load(values + s * stride + c);
-                for (int g = 0; g < HEADS; g++) sums[g] += weights[g * BLOCK + s] * value;
+            for (int64_t i = 0; i < queries; i++) {
+                const int64_t last = batch.positions[begin + i / group], first = first_visible(layer, last);
+                const int own_start = std::max(first - chunk, int64_t(start)), own_stop = std::min(last + 1 - chunk, int64_t(stop));
+                soften(scores + i * CHUNK, start, stop, own_start, own_stop, scale, top[i], totals[i], out[i], C);
             }
-            for (int g = 0; g < HEADS; g++) memcpy(out + g * C + c, &sums[g], sizeof(Floats));
+            by_fours(queries, [&](int64_t i, auto count) {
+                int64_t c = 0;
+                for (; c + 2 * LANES <= C; c += 2 * LANES)
+                    weigh<count, 2>(rows_of_values, start, stop, stride, scores + i * CHUNK, out + i, c);
+                for (; c + LANES <= C; c += LANES)
+                    weigh<count, 1>(rows_of_values, start, stop, stride, scores + i * CHUNK, out + i, c);
+                for (; c < C; c++)
+                    for (int64_t j = i; j < i + count; j++)
+                        for (int s = start; s < stop; s++)
+                            out[j][c] += scores[j * CHUNK + s] * widen(rows_of_values[s / BLOCK][s % BLOCK * stride + c]);
+            });
         }
-        for (; c < C; c++)
-            for (int g = 0; g < HEADS; g++)
-                for (int64_t s = 0; s < count; s++) out[g * C + c] += weights[g * BLOCK + s] * widen(values[s * stride + c]);
+        for (int64_t i = 0; i < queries; i++) {
+            const float gate = sigmoid(b.gates[(begin + i / group) * layer.heads + kv * group + i % group]) / total(totals[i]);
+            for (int64_t c = 0; c < C; c++) out[i][c] *= gate;
+        }
     }
 
     int64_t first_visible(const Layer& layer, int64_t position) const {
         return std::max<int64_t>(batch.first, layer.window ? position - layer.window + 1 : 0);
     }
 
-    // Turn scores (BLOCK) into weights relative to the running maximum `top`; what was summed before is scaled to it.
-    static void soften(float* scores, int count, float scale, float& top, Floats* totals, float* out, int64_t size) {
-        constexpr int PARTS = BLOCK / LANES;
-        for (int s = count; s < BLOCK; s++) scores[s] = -INFINITY;
-        Floats v[PARTS], most = Floats{} - INFINITY;
-        for (int part = 0; part < PARTS; part++) v[part] = load(scores + part * LANES) * scale, most = larger(most, v[part]);
-        float highest = largest(most);
+    // Calls f with the first of up to four things, and with how many there are, a constant.
+    template <class F> static void by_fours(int64_t count, F f) {
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
+        if (count - i == 3) f(i, std::integral_constant<int, 3>{});
+        if (count - i == 2) f(i, std::integral_constant<int, 2>{});
+        if (count - i == 1) f(i, std::integral_constant<int, 1>{});
+    }
+
+    // turned (C, LANES) = LANES keys, one a column.
+    template <class T> static void turn(const T* keys, int64_t stride, int64_t C, float* turned) {
+        int64_t c = 0;
+        for (; c + LANES <= C; c += LANES) {
+            Floats v[LANES];
+            unrolled<LANES>([&](auto i) INLINED { v[i] = load(keys + i * stride + c); });
+            transpose(v);
+            unrolled<LANES>([&](auto i) INLINED { store(turned + (c + i) * LANES, v[i]); });
+        }
+        for (; c < C; c++)
+            for (int i = 0; i < LANES; i++) turned[c * LANES + i] = widen(keys[i * stride + c]);
+    }
+
+    // Scores of LANES keys for COUNT queries, CHUNK apart.
+    template <int COUNT> static void score(const float* const* q, const float* turned, int64_t C, float* scores) {
+        Floats sums[COUNT];
+        unrolled<COUNT>([&](auto i) INLINED { sums[i] = Floats{}; });
+        for (int64_t c = 0; c < C; c++) {
+            const Floats key = load(turned + c * LANES);
+            unrolled<COUNT>([&](auto i) INLINED { sums[i] += q[i][c] * key; });
+        }
+        unrolled<COUNT>([&](auto i) INLINED { store(scores + i * CHUNK, sums[i]); });
+    }
+
+    // Turn a chunk's scores into weights relative to the running maximum `top`; what was summed before is scaled to it.
+    // Weights from `start` to `stop` are set, those that are not between `first` and `end` to zero.
+    static void soften(float* scores, int start, int stop, int first, int end, float scale, float& top, Floats& totals,
+                       float* out, int64_t size) {
+        const int from = start / LANES * LANES, to = (stop + LANES - 1) / LANES * LANES;
+        for (int s = from; s < first; s++) scores[s] = -INFINITY;
+        for (int s = std::max(end, from); s < to; s++) scores[s] = -INFINITY;
+        Floats most = Floats{} - INFINITY;
+        for (int s = from; s < to; s += LANES) most = larger(most, load(scores + s));
+        const float highest = largest(most) * scale;
         if (highest > top) {
-            float shrink = top == -INFINITY ? 0.0f : exponential(top - highest);
+            const float shrink = top == -INFINITY ? 0.0f : exponential(top - highest);
             for (int64_t c = 0; c < size; c++) out[c] *= shrink;
-            *totals *= shrink;
+            totals *= shrink;
             top = highest;
         }
-        for (int part = 0; part < PARTS; part++) {
-            v[part] = exponential(v[part] - top);  // 1e-38 behind `count`
-            *totals += v[part];
-            memcpy(scores + part * LANES, &v[part], sizeof(Floats));
+        for (int s = from; s < to; s += LANES) {
+            const Floats x = load(scores + s) * scale - top;
+            const Floats weights = x > -87.0f ? exponential(x) : Floats{};  // also where x is NaN, before any key is visible
+            totals += weights;
+            store(scores + s, weights);
         }
+    }
+
+    // COUNT outputs, from column c on, += weights of the keys from `start` to `stop` times their values.
+    template <int COUNT, int VECTORS, class T>
+    static void weigh(const T* const* blocks, int start, int stop, int64_t stride, const float* weights, float* const* out,
+                      int64_t c) {
+        Floats sums[COUNT * VECTORS];
+        unrolled<COUNT * VECTORS>([&](auto i) INLINED { sums[i] = load(out[i / VECTORS] + c + i % VECTORS * LANES); });
+        for (int s = start; s < stop; s++) {
+            const T* at = blocks[s / BLOCK] + s % BLOCK * stride + c;
+            Floats value[VECTORS];
+            unrolled<VECTORS>([&](auto i) INLINED { value[i] = load(at + i * LANES); });
+            unrolled<COUNT * VECTORS>([&](auto i) INLINED {
+                sums[i] += weights[i / VECTORS * CHUNK + s] * value[i % VECTORS];
+            });
+        }
+        unrolled<COUNT * VECTORS>([&](auto i) INLINED { store(out[i / VECTORS] + c + i % VECTORS * LANES, sums[i]); });
     }
 
     // Choose each row's experts and weigh them.
