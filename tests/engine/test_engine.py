@@ -13,6 +13,7 @@ from step35.api.sampling import SamplingParams
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.engine import Engine
 from step35.engine.runner import Runner
+from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.errors import ConfigError
 from step35.model.step35 import Step35
@@ -95,9 +96,9 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each pass of the trunk."""
     trunk, computed = Runner.trunk, list[int]()
 
-    def counting(self: Runner, rows: Sequence[Rows]) -> torch.Tensor:
+    def counting(self: Runner, rows: Sequence[Rows], picked: Sequence[int]) -> tuple[torch.Tensor, Scores]:
         computed.append(sum(r.count for r in rows))
-        return trunk(self, rows)
+        return trunk(self, rows, picked)
 
     monkeypatch.setattr(Runner, "trunk", counting)
     return computed

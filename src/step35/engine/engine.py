@@ -147,8 +147,10 @@ class Engine:
         planned = self.runner.in_order(Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned)
         if not planned:
             return []
-        h_ND = self.runner.trunk(planned)
-        news = self._read(planned, h_ND)
+        ready, picked = _ends(planned)
+        h_ND, scores = self.runner.trunk(planned, picked)
+        self._read(planned, h_ND)
+        news = self._accept(ready, scores) if ready else []
         self._catch_up([rows for rows in planned if rows.request.finish_reason is None])
         for rows in planned:
             self._settle(rows.request)
@@ -211,21 +213,15 @@ class Engine:
             for request in decoding:
                 request.depth = min(depth, request.params.speculate)
 
-    def _read(self, planned: list[Rows], h_ND: Tensor) -> News:
-        """Choose tokens for the requests whose known tokens have all run, and note what the prompts' rows say."""
-        ready, picked, done = list[Request](), list[int](), 0
+    def _read(self, planned: list[Rows], h_ND: Tensor) -> None:
+        """Note how far requests have run, and what the prompts' rows say."""
+        done = 0
         for rows in planned:
-            request, known = rows.request, rows.request.length
+            request = rows.request
             if request.params.prompt_logprobs and rows.start + 1 < len(request.prompt):
                 self._score_prompt(request, rows, h_ND[done : done + rows.count])
-            if rows.end >= known:
-                ready.append(request)
-                picked += range(done + known - 1 - rows.start, done + rows.count)
-            request.computed = min(rows.end, known)
+            request.computed = min(rows.end, request.length)
             done += rows.count
-        if not ready:
-            return []
-        return self._accept(ready, self.runner.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked]))
 
     def _accept(self, requests: list[Request], scores: Scores) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""
@@ -308,6 +304,8 @@ class Engine:
         What adaptive depth has left out is made up for from time to time, for the same reason.
         """
         late = [r.request for r in planned if r.request.reading or r.request.behind > MOST_BEHIND]
+        if not late:
+            return
         for k in range(len(self.model.mtp)):
             rows = [Rows(r, r.module_done[k], r.computed - r.module_done[k]) for r in late if k < len(r.module_done)]
             rows = self.runner.in_order(r for r in rows if r.count > 0)
@@ -326,8 +324,9 @@ class Engine:
             self.scheduler.finish(request)
 
     def _swap_weights_when_idle(self) -> None:
-        in_progress = self.scheduler.running or any(r.generated_count for r in self.scheduler.waiting)
-        if self._new_weights is not None and not in_progress:
+        if self._new_weights is None:
+            return
+        if not self.scheduler.running and not any(r.generated_count for r in self.scheduler.waiting):
             self._load_weights()
 
     def _load_weights(self) -> None:
@@ -340,6 +339,18 @@ class Engine:
         for request in self.scheduler.waiting:
             if not request.generated_count:
                 request.rekey(self._salt(request))
+
+
+def _ends(planned: Sequence[Rows]) -> tuple[list[Request], list[int]]:
+    """Return the requests whose known tokens all run in this pass, and the rows from their last known tokens on."""
+    ready, picked, done = list[Request](), list[int](), 0
+    for rows in planned:
+        known = rows.request.length
+        if rows.end >= known:
+            ready.append(rows.request)
+            picked += range(done + known - 1 - rows.start, done + rows.count)
+        done += rows.count
+    return ready, picked
 
 
 def _block_counts(

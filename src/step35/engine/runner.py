@@ -57,10 +57,14 @@ class Runner:
         """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
         return sorted(rows, key=lambda r: (not self._few(r), r.count))
 
-    def trunk(self, rows: Sequence[Rows]) -> Tensor:
-        """Run the trunk; return its last layer's output (N, D) before the final norm."""
-        compiled = None if self.program is None else self.program.trunk
-        return self._split("trunk", self._trunk, compiled, rows, 0)
+    def trunk(self, rows: Sequence[Rows], picked: Sequence[int]) -> tuple[Tensor, Scores]:
+        """Run the trunk; return its last layer's output (N, D) before the final norm, and the scores of some rows."""
+        program = self.program
+        if program is not None and self.graphs is None and all(map(self._few, rows)):
+            return program.trunk(_tokens(rows), rows, picked)
+        compiled = None if program is None else lambda tokens, few: program.trunk(tokens, few)[0]
+        h_ND = self._split("trunk", self._trunk, compiled, rows, 0)
+        return h_ND, self.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked])
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
         """Run MTP module k; return its output (N, D). Its row at position p reads the token at p and the state at p-1.

@@ -7,20 +7,19 @@ When blocks run out, the request that came last gives its own back and waits to 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Consecutive positions of one request."""
 
     request: Request
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method of this name is not needed
 
     @property
     def end(self) -> int:

@@ -109,6 +109,7 @@ class Program:
             len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(),
             model.config.rms_norm_eps,
         )  # fmt: skip
+        self.at = byref(self.c)
 
     @classmethod
     def create(cls, model: Step35, cache: PagedCache) -> Program | None:
@@ -118,16 +119,21 @@ class Program:
         library = load_library(SOURCE, "decoding")
         return None if library is None else cls(library, model, cache)
 
-    def trunk(self, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
-        """Return the trunk's output (N, D), fp32, and keep what modules read of it."""
-        h_ND = torch.empty(len(tokens), self.size)
-        self.library.trunk(byref(self.c), byref(batch(tokens, rows, 0)), c_void_p(h_ND.data_ptr()))
-        return h_ND
+    def trunk(self, tokens: Sequence[int], rows: Sequence[Rows], picked: Sequence[int] = ()) -> tuple[Tensor, Scores]:
+        """Return the trunk's output (N, D), fp32, and the scores of the rows picked; keep what modules read of it."""
+        count, places = len(picked), array("i", picked)
+        h_ND, y_NV = torch.empty(len(tokens), self.size), torch.empty(count, self.vocabulary)
+        best, logprobs = (c_int32 * count)(), (c_float * count)()
+        self.library.trunk(
+            self.at, byref(batch(tokens, rows, 0)), c_void_p(h_ND.data_ptr()), c_void_p(places.buffer_info()[0]), count,
+            c_void_p(y_NV.data_ptr()), best, logprobs,
+        )  # fmt: skip
+        return h_ND, Scores(y_NV, best[:], logprobs[:])
 
     def module(self, k: int, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
         """Return MTP module k's output (N, D), fp32, and keep it for the next module."""
         h_ND = torch.empty(len(tokens), self.size)
-        self.library.module(byref(self.c), k, byref(batch(tokens, rows, k + 1)), c_void_p(h_ND.data_ptr()))
+        self.library.module(self.at, k, byref(batch(tokens, rows, k + 1)), c_void_p(h_ND.data_ptr()))
         return h_ND
 
     def logits(self, h_ND: Tensor) -> Scores:
@@ -135,8 +141,8 @@ class Program:
         h_ND, count = h_ND.float().contiguous(), len(h_ND)
         y_NV, best, logprobs = torch.empty(count, self.vocabulary), (c_int32 * count)(), (c_float * count)()
         at = c_void_p(h_ND.data_ptr()), count, c_void_p(y_NV.data_ptr())
-        self.library.logits(byref(self.c), -1, *at, best, logprobs)
-        return Scores(y_NV, list(best), list(logprobs))
+        self.library.logits(self.at, -1, *at, best, logprobs)
+        return Scores(y_NV, best[:], logprobs[:])
 
     def draft(self, requests: Sequence[Request]) -> list[list[int]]:
         """Return the drafts of each request, `depth` of them, at least one."""
@@ -156,7 +162,7 @@ class Program:
             at, at + 4 * count, at + 12 * count, at + 8 * count, tables, tables + 8 * count, tables + 16 * count,
             ctypes.addressof(drafts), count,
         )  # fmt: skip
-        self.library.draft(byref(self.c), byref(drafting))
+        self.library.draft(self.at, byref(drafting))
         return [drafts[n * deepest : n * deepest + r.depth] for n, r in enumerate(requests)]
 
     def _array(self, kind: Any, items: Sequence[Any]) -> int | None:
@@ -239,16 +245,13 @@ def experts(module: Experts) -> CMlp:
 
 def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
     """Describe the rows of a pass, in order, and the block tables of their requests."""
-    count = len(tokens)
-    ids = (c_int32 * (3 * count))(
-        *tokens,
-        *(p for r in rows for p in range(r.start, r.end)),
-        *(n for n, r in enumerate(rows) for _ in range(r.count)),
-    )
-    tables = (c_void_p * (2 * len(rows)))(
-        *_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)
-    )
-    at, table = ctypes.addressof(ids), ctypes.addressof(tables)
+    count, positions, owners = len(tokens), list[int](), list[int]()
+    for n, r in enumerate(rows):
+        positions += range(r.start, r.end)
+        owners += [n] * r.count
+    ids = array("i", [*tokens, *positions, *owners])
+    tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
+    at, table = ids.buffer_info()[0], tables.buffer_info()[0]
     c = CBatch(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
     c.kept = ids, tables  # alive as long as what points at them
     return c

@@ -1035,13 +1035,20 @@ inline void pin(int32_t threads) {
 
 extern "C" {
 
-// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too.
-void trunk(const Model* model, const Batch* batch, float* h) {
-    Pass pass{*model, *batch, kept, h};
+// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too. Of `count` rows of it,
+// those that are picked, also what `Pass::logits` gives.
+void trunk(const Model* model, const Batch* batch, float* h, const int32_t* picked, int32_t count, float* y, int32_t* best,
+           float* logprobs) {
+    Batch ends{};
+    ends.rows = count;
+    Pass pass{*model, *batch, kept, h}, head{*model, ends, kept, h};
     for (int i = 0; i < model->layer_count; i++) pass.prepare(model->layers[i]);
     pin(model->threads);
 #pragma omp parallel num_threads(model->threads)
-    pass.trunk();
+    {
+        pass.trunk();
+        if (count) head.logits(-1, y, best, logprobs, picked);
+    }
 }
 
 // h (N, D) = the output of MTP module k.
