@@ -189,6 +189,8 @@ class Engine:
             raise ConfigError(f"token id {wrong[0]} is outside the vocabulary; give ids from 0 to {vocabulary - 1}.")
         request = Request.create(prompt, params, self.eos_ids, self.max_context)
         self._follow_text(request, stream_text)
+        plain = request.constraint is None and not shifts_logits(params) and not params.top_logprobs
+        request.greedy = plain and params.temperature == 0
         return request
 
     def _follow_text(self, request: Request, stream_text: bool) -> None:
@@ -225,8 +227,10 @@ class Engine:
 
     def _accept(self, requests: list[Request], scores: Scores) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""
-        places = [place for request in requests for place in self._places(request)]
-        choice = pick(scores, places, report=any(r.params.top_logprobs for r in requests))
+        if all(request.greedy for request in requests):
+            choice = Choice.likeliest(scores)
+        else:
+            choice = pick(scores, [place for request in requests for place in self._places(request)])
         news, first = [], 0
         for request in requests:
             part = slice(first, first + 1 + len(request.drafts))

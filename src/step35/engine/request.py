@@ -34,6 +34,8 @@ class Request:
     accepted: list[int]
     """Drafts accepted at each depth."""
     constraint: Constraint | None = None
+    greedy: bool = False
+    """Whether the likeliest tokens are taken as the logits stand, and nothing else is asked of these."""
     text: StopText | None = None
     """Turns tokens to text where somebody reads it, or where stop texts have to be found."""
     depth: int = 0

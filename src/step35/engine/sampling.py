@@ -63,12 +63,15 @@ class Choice:
     logprobs_NV: Tensor
     raw_NV: Tensor
 
+    @classmethod
+    def likeliest(cls, scores: Scores) -> Choice:
+        """Choose the likeliest tokens; the log-probabilities of all others are left out."""
+        return cls(scores.best, scores.best_logprobs, scores.best_logprobs, scores.logits_NV, scores.logits_NV)
 
-def pick(scores: Scores, places: Sequence[Place], *, report: bool) -> Choice:
-    """Choose a token at every place; the log-probabilities of all tokens (N, V) are there only with `report`."""
+
+def pick(scores: Scores, places: Sequence[Place]) -> Choice:
+    """Choose a token at every place."""
     logits_NV = scores.logits_NV
-    if not report and all(place.greedy for place in places):
-        return Choice(scores.best, scores.best_logprobs, scores.best_logprobs, logits_NV, logits_NV)
     adjusted_NV = adjust(logits_NV, places)
     tokens_N, logprobs_NV = choose(adjusted_NV, [p.params for p in places], [p.uniform for p in places])
     plain = adjusted_NV is logits_NV and not any(reshapes(p.params) for p in places)
