@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from step35.api.sampling import SamplingParams
 from step35.engine.engine import Engine
 from step35.engine.request import Request
-from step35.engine.sampling import Place
 from step35.engine.speculative import PROBE_EVERY, RECENT, TRIALS, DepthControl
 from step35.model.step35 import Step35
 
@@ -77,17 +77,17 @@ def test_requests_draft_again_after_passes_without_drafts(
     build_model: Callable[..., Step35], monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     wanted = [0, 0, 3, 1, 0, 2] * 20
-    depths, offered, places = iter(wanted), list[int](), Engine._places
+    depths, offered, take = iter(wanted), list[int](), Engine._take
 
-    def recording(self: Engine, request: Request) -> list[Place]:
+    def recording(self: Engine, request: Request, *choice: Any) -> int:
         offered.append(len(request.drafts))
-        return places(self, request)
+        return take(self, request, *choice)
 
     model, prompt = build_model(1), [6, 7, 8]
     params = SamplingParams(max_tokens=50, temperature=temperature, seed=3, ignore_eos=True, speculate=3)
     plain, adaptive = Engine(model, (1, 3)), Engine(model, (1, 3), adaptive_depth=True)
     expected = plain.generate(plain.create([prompt], replace(params, speculate=0)))
-    monkeypatch.setattr(Engine, "_places", recording)
+    monkeypatch.setattr(Engine, "_take", recording)
     monkeypatch.setattr(DepthControl, "choose", lambda self, requests, most: next(depths))
     found = adaptive.generate(adaptive.create([prompt], params))
     assert found[0].token_ids == expected[0].token_ids
