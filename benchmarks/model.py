@@ -2,9 +2,8 @@
 
 Measured at each length T: prefill (logits at all positions) and training (loss and gradients; no optimiser, no MTP) in
 tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so that T changes attention alone and not how
-many rows the other products have. The shares of time spent in the attention kernel of sliding-window layers and of all
-layers are found by leaving scores and sums out; what remains is held against the measured peak of matrix products. The
-share of sliding-window attention as a whole is found by leaving out its projections, norms, rotation and gates as well.
+many rows the other products have. The share of time spent in sliding-window attention and in all attention is found by
+leaving its scores and sums out; what remains is held against the measured peak of matrix products.
 
     python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--tokens 4096]
 
@@ -19,8 +18,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,8 +38,6 @@ from step35.runtime.machine import environment
 from step35.train.loss import summed_cross_entropy
 
 RESULTS = Path(__file__).parent / "results"
-SHARES = ("sliding_share", "sliding_kernel_share", "attention_share")
-"""Of the time of a training step: sliding-window attention, its kernel alone, the kernels of all layers."""
 
 
 def main() -> None:
@@ -117,19 +113,6 @@ class Ablated(Context):
         return q_BTHC + (k_BTKC + v_BTKC).repeat_interleave(layer.heads // layer.kv_heads, dim=2)
 
 
-@contextmanager
-def without_attention(model: Step35, kind: str) -> Iterator[None]:
-    """Let the layers of a kind take their attention's input for its output: no projection, norm, rotation or gate."""
-    modules = [block.attention for block in model.layers if block.attention.layer.kind == kind]
-    for module in modules:
-        module.forward = lambda x_BTD, context: x_BTD
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
 def train_ours(model: Step35, tokens: Tensor, skipped: tuple[str, ...] = ()) -> None:
     """Run one forward and backward pass."""
     context = Ablated.packed(tokens)
@@ -156,14 +139,13 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
     training, training_theirs = fastest(
         [lambda: train_ours(ours, tokens), lambda: train_theirs(theirs, tokens)], seconds
     )
-
-    def train_without_sliding() -> None:
-        with without_attention(ours, "sliding"):
-            train_ours(ours, tokens)
-
-    kinds = [(), ("sliding",), ("full", "sliding")]
-    works = [lambda skipped=skipped: train_ours(ours, tokens, skipped) for skipped in kinds]
-    whole, no_sliding, no_attention, bare = fastest([*works, train_without_sliding], seconds)
+    whole, no_sliding, no_attention = fastest(
+        [
+            lambda skipped=skipped: train_ours(ours, tokens, skipped)
+            for skipped in ((), ("sliding",), ("full", "sliding"))
+        ],
+        seconds,
+    )
     used = active_parameters(ours.config) + ours.lm_head.weight.numel()
     return {
         "length": tokens.shape[1],
@@ -175,8 +157,7 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
         "training_tokens_per_s": size / training,
         "training_tokens_per_s_transformers": size / training_theirs,
         "training_ratio": training_theirs / training,
-        "sliding_share": 1 - bare / whole,
-        "sliding_kernel_share": 1 - no_sliding / whole,
+        "sliding_share": 1 - no_sliding / whole,
         "attention_share": 1 - no_attention / whole,
         "sliding_s_per_token": (whole - no_sliding) / size,
         "non_attention_flops": 6 * used * size / no_attention,
@@ -206,13 +187,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
     ratios = {}
     for row in rows:
         length = int(row["length"])
-        for key in (
-            "training_ratio",
-            "forward_ratio",
-            "sliding_share",
-            "sliding_kernel_share",
-            "non_attention_of_peak",
-        ):
+        for key in ("training_ratio", "forward_ratio", "sliding_share", "non_attention_of_peak"):
             ratios[f"{key}_{length}"] = round(row[key], 3)
         ratios[f"sliding_us_per_token_{length}"] = round(row["sliding_s_per_token"] * 1e6, 1)
     ratios["non_attention_of_bfloat16_peak"] = round(max(row["non_attention_of_bfloat16_peak"] for row in rows), 3)
@@ -229,7 +204,7 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
             f"{row[f'{what}_ratio']:.2f}x",
         )
 
-    shares = (*SHARES, "non_attention_of_peak")
+    shares = ("sliding_share", "attention_share", "non_attention_of_peak")
     shown = [
         (
             f"{int(r['length']):,}",
@@ -248,10 +223,9 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
         "training tok/s",
         "theirs",
         "ratio",
-        "SWA kernel us/token",
+        "SWA us/token",
         "SWA",
-        "SWA kernel",
-        "all kernels",
+        "attention",
         "rest of peak",
     ]
     console.table("ours and transformers", heads, shown)
