@@ -67,6 +67,17 @@ def test_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, flags: tuple
     assert (given["quantization"], given["adaptive_depth"]) == expected
 
 
+@pytest.mark.parametrize(("flags", "expected"), [((), "from outside"), (("--api-key", "given"), "given")])
+def test_the_key_may_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], expected: str
+) -> None:
+    keys = list[str]()
+    monkeypatch.setenv("STEP35_API_KEY", "from outside")
+    monkeypatch.setattr(serve, "serve_here", lambda args: keys.append(serve.settings(args).api_key) or 0)
+    assert cli.main(["serve", *flags]) == 0
+    assert keys == [expected]
+
+
 def test_our_quantization_is_not_vllms(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--backend", "vllm", "--quantization", "int8"]) == 2
     assert "--vllm.args" in capsys.readouterr().err

@@ -45,6 +45,18 @@ def test_long_bodies_are_refused_announced_or_not(serve: Any) -> None:
     assert "100 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_body_that_never_ends_is_refused(serve: Any) -> None:
+    server = serve(request_timeout_s=0.2)
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=5) as client:
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n"
+        )
+        client.sendall(head.encode() + b'\r\n{"messages": [')
+        answer = client.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 408")
+    assert post(server).status_code == 200
+
+
 def test_more_generations_than_allowed_get_a_429(serve: Any) -> None:
     server = serve(stay=True, max_concurrent=1)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=10):

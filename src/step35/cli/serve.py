@@ -6,6 +6,7 @@ with the flags that this model needs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ def main(args: Args) -> int:
     """Serve the model until a signal ends it."""
     from step35.serve.vllm import check_unused
 
+    args = args.model_copy(update={"api_key": args.api_key or os.environ.get("STEP35_API_KEY", "")})
     if args.backend == "vllm":
         return become_vllm(args)
     check_unused(args.vllm)

@@ -11,13 +11,14 @@ class ServeSettings(Config):
     """Limits, defaults and thinking budgets of one server."""
 
     api_key: str = ""
-    """Bearer token that every request but / and /health must carry; empty asks for none."""
+    """Bearer token that every request but / and /health must carry; empty asks for none. `step35 serve` also takes it
+    from the environment variable STEP35_API_KEY, where other users of the machine cannot see it."""
     max_concurrent: int = Field(default=64, ge=1)
     """Most generations at a time, over all requests; each of a request's `n` choices counts. More get a 429."""
     max_body_bytes: int = Field(default=16 << 20, ge=1)
     """Longest request body; longer ones get a 413."""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time from a request to the end of its answer."""
+    """Longest time from a request to the end of its answer, and for its body to arrive."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
     """How long SIGTERM waits for running answers; meanwhile /health and new requests get a 503."""
     default_max_tokens: int = Field(default=4096, ge=1)

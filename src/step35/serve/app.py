@@ -31,7 +31,7 @@ def create_app(
     app.include_router(page.router())
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.request_timeout_s)
     if settings.api_key:
         app.add_middleware(Authorization, api_key=settings.api_key)
     app.add_middleware(AccessLog, telemetry=service.telemetry)  # added last, so outermost

@@ -5,6 +5,7 @@ Plain ASGI, so that streams and disconnects pass through untouched. The log has 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -94,10 +95,10 @@ class Authorization:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, announced or not."""
+    """Refuses bodies of more than `limit` bytes, announced or not, and those that take longer than `seconds`."""
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, *, limit: int, seconds: float) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with a body that is counted as it is read."""
@@ -109,11 +110,16 @@ class BodyLimit:
         if announced.isdecimal() and int(announced) > self.limit:
             await ApiError(problem, status=413).response(scope["path"])(scope, receive, send)
             return
-        read = 0
+        read, complete, deadline = 0, False, asyncio.get_running_loop().time() + self.seconds
 
         async def count() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            try:
+                async with asyncio.timeout_at(None if complete else deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self.seconds:g} s.") from None
+            complete = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.limit:
                 raise HTTPException(413, problem)
