@@ -290,6 +290,7 @@ class Engine:
     def _report_top(self, request: Request, choice: Choice, first: int, kept: int) -> None:
         if request.params.top_logprobs:
             source_NV = choice.raw_NV if request.params.logprobs_of == "raw" else choice.logprobs_NV
+            assert source_NV is not None  # such a request is not `greedy`
             for n in range(first, first + kept):
                 request.top_logprobs.append(most_likely(source_NV[n], request.params.top_logprobs))
 

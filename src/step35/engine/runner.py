@@ -64,6 +64,8 @@ class Runner:
             return program.trunk(_tokens(rows), rows, picked)
         compiled = None if program is None else lambda tokens, few: program.trunk(tokens, few)[0]
         h_ND = self._split("trunk", self._trunk, compiled, rows, 0)
+        if not picked:
+            return h_ND, Scores(h_ND[:0], [], [])
         return h_ND, self.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked])
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:

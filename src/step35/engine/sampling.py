@@ -60,13 +60,14 @@ class Choice:
     tokens: list[int]
     logprobs: list[float]
     raw_logprobs: list[float]
-    logprobs_NV: Tensor
-    raw_NV: Tensor
+    logprobs_NV: Tensor | None = None
+    """Those of all tokens, unless only the likeliest were asked for."""
+    raw_NV: Tensor | None = None
 
     @classmethod
     def likeliest(cls, scores: Scores) -> Choice:
-        """Choose the likeliest tokens; the log-probabilities of all others are left out."""
-        return cls(scores.best, scores.best_logprobs, scores.best_logprobs, scores.logits_NV, scores.logits_NV)
+        """Choose the likeliest tokens."""
+        return cls(scores.best, scores.best_logprobs, scores.best_logprobs)
 
 
 def pick(scores: Scores, places: Sequence[Place]) -> Choice:

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#ifdef __AVX512F__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,19 @@ INLINE Floats load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
 }
 #endif
+
+INLINE Floats spread(float x) { return x - Floats{}; }  // x + 0 would be computed, for the sake of -0
+
+// a * b + c in one rounding where the CPU can: left to the compiler, that depends on how many sums stand beside.
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 
 template <class T> INLINE Floats load_some(const T* p, int64_t count) {
     T padded[LANES] = {};

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -134,7 +135,7 @@ struct Pointed {
     Pointed from(int64_t r) const { return {x + r}; }
     Floats part(int64_t r, int64_t d) const { return load(x[r] + d); }
     template <class T> static Floats unit(const T* w) { return load(w); }
-    static Floats add(Floats sum, Floats part, Floats unit) { return sum + part * unit; }
+    static Floats add(Floats sum, Floats part, Floats unit) { return multiply_add(part, unit, sum); }
 };
 
 #ifdef __AVX512BF16__
@@ -174,11 +175,11 @@ constexpr bool PAIRS = false;
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; `stride` from one w to the next. With AHEAD, what comes next is
-// fetched meanwhile, since the CPU does not guess it while several rows are read at a time: of a matrix, line by line,
-// what lies at `ahead`; of keys, those of the next tile. REST: `ins` is not a multiple of the step.
+// y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; rows lie STRIP apart in y. With AHEAD, what lies at `ahead` is
+// fetched meanwhile, line by line: the CPU does not guess it while several rows are read at a time. REST: `ins` is no
+// multiple of the step.
 template <int ROWS, int OUTS, bool AHEAD, bool REST, class X, class T>
-inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t y_stride, const char* ahead) {
+inline void tile(X x, const T* w, int64_t ins, float* y, const char* ahead) {
     constexpr int COUNT = power_of_two(ROWS * OUTS), LINE = 64;
     constexpr int LINES = std::max<int>(1, OUTS * X::STEP * sizeof(T) / LINE);
     Floats sums[COUNT];
@@ -187,55 +188,54 @@ inline void tile(X x, const T* w, int64_t stride, int64_t ins, float* y, int64_t
     for (; d + X::STEP <= ins; d += X::STEP) {
         decltype(x.part(0, d)) parts[ROWS];
         unrolled<ROWS>([&](auto r) INLINED { parts[r] = x.part(r, d); });
-        if (AHEAD && stride == ins)
+        if (AHEAD)
             for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 2);
-        else if (AHEAD)
-            for (int o = 0; o < OUTS; o++) __builtin_prefetch(w + (o + OUTS) * stride + d);
         unrolled<OUTS>([&](auto o) INLINED {
-            auto unit = X::unit(w + o * stride + d);
+            auto unit = X::unit(w + o * ins + d);
             unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit); });
         });
     }
     if constexpr (REST)
         unrolled<OUTS>([&](auto o) INLINED {
-            Floats wide = load_some(w + o * stride + d, ins - d);
-            unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] += load_some(x.x[r] + d, ins - d) * wide; });
+            Floats wide = load_some(w + o * ins + d, ins - d);
+            unrolled<ROWS>([&](auto r) INLINED {
+                sums[r * OUTS + o] = multiply_add(load_some(x.x[r] + d, ins - d), wide, sums[r * OUTS + o]);
+            });
         });
     sum<COUNT>(sums);
     for (int r = 0; r < ROWS; r++)
-        for (int o = 0; o < OUTS; o++) y[r * y_stride + o] = sums[0][r * OUTS + o];
+        for (int o = 0; o < OUTS; o++) y[r * STRIP + o] = sums[0][r * OUTS + o];
 }
 
 // All outputs of ROWS rows.
 template <int ROWS, bool AHEAD, bool REST, class X, class T>
-INLINE void tiles(X x, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride, const char* ahead) {
+INLINE void tiles(X x, const T* w, int64_t ins, int outs, float* y, const char* ahead) {
     constexpr int OUTS = ROWS == 1 ? X::ALONE : TILE_OUTS;
     int o = 0;
     for (; o + OUTS <= outs; o += OUTS)
-        tile<ROWS, OUTS, AHEAD, REST>(x, w + o * stride, stride, ins, y + o, y_stride, ahead + o * ins * sizeof(T));
-    for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * stride, stride, ins, y + o, y_stride, ahead);
+        tile<ROWS, OUTS, AHEAD, REST>(x, w + o * ins, ins, y + o, ahead + o * ins * sizeof(T));
+    for (; o < outs; o++) tile<ROWS, 1, false, REST>(x, w + o * ins, ins, y + o, ahead);
 }
 
 // y[r][o] = x[r] . w[o] for any number of rows and of outputs.
 template <bool REST, class X, class T>
-INLINE void products(X x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y, int64_t y_stride,
-                     const char* ahead) {
-    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
+INLINE void products(X x, int64_t rows, const T* w, int64_t ins, int outs, float* y, const char* ahead) {
+    if (rows >= TILE_ROWS) tiles<TILE_ROWS, true, REST>(x, w, ins, outs, y, ahead);
     int64_t r = TILE_ROWS;
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        tiles<TILE_ROWS, false, REST>(x.from(r), w, stride, ins, outs, y + r * y_stride, y_stride, ahead);
+        tiles<TILE_ROWS, false, REST>(x.from(r), w, ins, outs, y + r * STRIP, ahead);
     r = rows / TILE_ROWS * TILE_ROWS;
-    x = x.from(r), y += r * y_stride;
-    if (rows - r == 3) tiles<3, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
-    if (rows - r == 2) tiles<2, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
-    if (rows - r == 1) tiles<1, true, REST>(x, w, stride, ins, outs, y, y_stride, ahead);
+    x = x.from(r), y += r * STRIP;
+    if (rows - r == 3) tiles<3, true, REST>(x, w, ins, outs, y, ahead);
+    if (rows - r == 2) tiles<2, true, REST>(x, w, ins, outs, y, ahead);
+    if (rows - r == 1) tiles<1, true, REST>(x, w, ins, outs, y, ahead);
 }
 
 template <class T>
-inline void products(const float* const* x, int64_t rows, const T* w, int64_t stride, int64_t ins, int outs, float* y,
-                     int64_t y_stride, const char* ahead) {
-    if (ins % LANES) products<true>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride, ahead);
-    else products<false>(Pointed{x}, rows, w, stride, ins, outs, y, y_stride, ahead);
+inline void products(const float* const* x, int64_t rows, const T* w, int64_t ins, int outs, float* y,
+                     const char* ahead) {
+    if (ins % LANES) products<true>(Pointed{x}, rows, w, ins, outs, y, ahead);
+    else products<false>(Pointed{x}, rows, w, ins, outs, y, ahead);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +299,8 @@ inline void unpack(const float* high, const float* low, int count, int outs, flo
 
 // Outputs of `outs` matrix rows for `count` packed rows; with PAIR, also for as many rows packed behind these.
 template <bool PAIR>
-inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, float* y, const bf16* ahead) {
+inline void tile_products(const bf16* packed, int count, const bf16* w, int64_t ins, int outs, float* y,
+                          const bf16* ahead) {
     const int64_t half = TILE_INS * count, next = 2 * ins * count;
     configure_tiles(outs, count);
     _tile_zero(0);
@@ -389,7 +390,7 @@ inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, f
         const bf16* w = static_cast<const bf16*>(m.data) + begin * m.ins;
 #ifdef __AVX512BF16__
         if (!AMX)
-            return products<false>(Paired{rows.packed, m.ins}, rows.count, w, m.ins, m.ins, count, y, STRIP, ahead);
+            return products<false>(Paired{rows.packed, m.ins}, rows.count, w, m.ins, count, y, ahead);
 #endif
         int64_t r = 0;
         auto next = reinterpret_cast<const bf16*>(ahead);
@@ -402,7 +403,7 @@ inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, f
         return;
     }
     typed(m.type, m.data, [&](auto* w) {
-        products(rows.x, rows.count, w + begin * m.ins, m.ins, m.ins, count, y, STRIP, ahead);
+        products(rows.x, rows.count, w + begin * m.ins, m.ins, count, y, ahead);
     });
     if (m.scales)
         for (int64_t r = 0; r < rows.count; r++)
@@ -411,7 +412,8 @@ inline void strip(const Matrix& m, const Rows& rows, int64_t begin, int count, f
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One pass. All members but `prepare` are called by every thread of the team. Each does its share of a step, then all
-// meet. With few rows, what is cheaper than a meeting is done by every thread for itself.
+// meet, unless what follows can do without. With few rows, what is cheaper than a meeting is done by every thread for
+// itself.
 
 struct Share {
     int64_t from, to;
@@ -422,18 +424,19 @@ struct Share {
     }
 };
 
-// Where threads wait for each other: a tenth of a microsecond where OpenMP's barrier, which calls the system, takes one.
+// Where threads wait for each other: a tenth of a microsecond where GCC's barrier, which always calls the system, takes
+// three.
 class Meeting {
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> round{0};
-    static constexpr int PATIENCE = 1 << 14;  // looks before a thread sleeps: other processes may want the core
+    alignas(64) std::atomic<unsigned> arrived{0};
+    alignas(64) std::atomic<unsigned> round{0};
+    static constexpr int PATIENCE = 1 << 11;  // looks before a thread sleeps: others may want the core
 
   public:
     void wait() {
-        const int now = round.load(std::memory_order_relaxed), team = omp_get_num_threads();
+        const unsigned now = round.load(std::memory_order_relaxed), team = omp_get_num_threads();
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
             arrived.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
+            round.store(now + 1);  // seen by all before it is looked who sleeps
             round.notify_all();
             return;
         }
@@ -451,9 +454,10 @@ class Meeting {
 };
 
 struct Buffers {  // kept from pass to pass
-    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin, states, logits;
+    std::vector<float> x, heads, gates, attended, scores, weights, active, joint, shared_active, cos, sin;
+    std::vector<float> states, logits;
     std::vector<int32_t> chosen;
-    std::atomic<int64_t> taken;  // rows that some thread attends or has attended
+    alignas(64) std::atomic<int64_t> taken;  // tasks of attention that some thread does or has done
     Meeting meeting;
 };
 
@@ -462,8 +466,8 @@ thread_local Buffers kept;  // of the thread that calls
 // What each thread works out for itself.
 struct Own {
     std::vector<float> x, joint, scores, turned;
-    std::vector<int32_t> groups;                 // the first rows of what attends together
-    std::vector<int32_t> experts, start, entry, next;  // the experts that are chosen, and by which rows
+    std::vector<int32_t> groups;                         // the first rows of what attends together, and the end of all
+    std::vector<int32_t> experts, start, entry, filled;  // the experts that are chosen, and by which rows
 };
 
 thread_local Own own;
@@ -509,40 +513,63 @@ struct Pass {
 
     struct Product {  // y (rows, outs) = x m^T; `add` adds to what y holds
         const Matrix& m;
-        float* y;
+        float* y = nullptr;
         bool add = false;
-
-        int64_t strips() const { return Pass::strips(m.outs); }
     };
 
-    // Products with the same x. `next`: what this thread reads when they are done.
-    void multiply(const float* x, std::initializer_list<Product> products, const char* next) {
-        int64_t all = 0, before = 0;
-        for (const Product& product : products) all += product.strips();
-        const Share mine = Share::of(all);
-        for (const Product& product : products) {
-            const int64_t from = std::max(mine.from - before, int64_t(0)), to = std::min(mine.to - before, product.strips());
-            before += product.strips();
-            if (from >= to) continue;
-            const Matrix& m = product.m;
-            const Rows prepared = Rows::of(m, x, rows);
-            float* sums = grow(part, rows * STRIP);
-            for (int64_t s = from; s < to; s++) {
-                const int64_t begin = s * STRIP;
-                const int outs = std::min<int64_t>(STRIP, m.outs - begin);
-                strip(m, prepared, begin, outs, sums, s + 1 < to ? row_of(m, begin + STRIP) : next);
-                for (int64_t n = 0; n < rows; n++)
-                    for (int o = 0; o < outs; o++) {
-                        float& target = product.y[n * m.outs + begin + o];
-                        target = product.add ? target + sums[n * STRIP + o] : sums[n * STRIP + o];
-                    }
-            }
+    // Products with the same x, shared out as one list of strips. `next`: what this thread reads when they are done.
+    void multiply(const float* x, std::initializer_list<Product> list, const char* next) {
+        const Share mine = Share::of(strips(list));
+        const Matrix* prepared = nullptr;
+        Rows ready{};
+        float* sums = grow(part, rows * STRIP);
+        for (int64_t i = mine.from; i < mine.to; i++) {
+            const auto [m, y, add, begin] = at(list, i);
+            if (m != prepared) ready = Rows::of(*m, x, rows), prepared = m;
+            const int outs = std::min<int64_t>(STRIP, m->outs - begin);
+            strip(*m, ready, begin, outs, sums, i + 1 < mine.to ? start_of(list, i + 1) : next);
+            for (int64_t n = 0; n < rows; n++)
+                for (int o = 0; o < outs; o++) {
+                    float& target = y[n * m->outs + begin + o];
+                    target = add ? target + sums[n * STRIP + o] : sums[n * STRIP + o];
+                }
         }
         meet();
     }
 
-    // Where this thread begins when a matrix is shared out by strips.
-    static const char* start_of(const Matrix& m) { return row_of(m, Share::of(strips(m.outs)).from * STRIP); }
+    // Number i of all strips of some products: their matrix and result, and the first output.
+    static std::tuple<const Matrix*, float*, bool, int64_t> at(std::initializer_list<Product> list, int64_t i) {
+        const Product* product = list.begin();
+        for (; i >= strips(product->m.outs); product++) i -= strips(product->m.outs);
+        return {&product->m, product->y, product->add, i * STRIP};
+    }
+
+    static const char* start_of(std::initializer_list<Product> list, int64_t i) {
+        const auto [m, y, add, begin] = at(list, i);
+        return row_of(*m, begin);
+    }
+
+    // Where this thread begins with products.
+    static const char* start_of(std::initializer_list<Product> list) {
+        const int64_t all = strips(list);
+        return start_of(list, std::min(Share::of(all).from, all - 1));
+    }
+
+    const char* start_of(const Layer& layer) const { return start_of({{layer.qkv}, {layer.gate}}); }
+
+    // Where this thread begins with `hidden`, if that is in the shared MLP: which experts are chosen is not known yet.
+    const char* start_of_hidden(const Layer& layer) const {
+        const int64_t shared = strips(layer.shared.hidden);
+        const int64_t experts = std::min<int64_t>(layer.experts, rows * layer.top_k);
+        const int64_t from = Share::of(shared + experts * strips(layer.routed.hidden)).from;
+        return gate_of(layer, from < shared ? from : 0);
+    }
+
+    static int64_t strips(std::initializer_list<Product> list) {
+        int64_t all = 0;
+        for (const Product& product : list) all += strips(product.m.outs);
+        return all;
+    }
 
     static int64_t strips(int64_t outs) { return (outs + STRIP - 1) / STRIP; }
 
@@ -590,10 +617,11 @@ struct Pass {
     void block(const Layer& layer, const char* next) {
         const float* x = normed(layer.attention_norm);
         if (!omp_get_thread_num()) b.taken.store(0, std::memory_order_relaxed);
-        multiply(x, {{layer.qkv, b.heads.data()}, {layer.gate, b.gates.data()}}, start_of(layer.out));
+        multiply(x, {{layer.qkv, b.heads.data()}, {layer.gate, b.gates.data()}}, start_of({{layer.out}}));
         store_heads(layer);
         attention(layer);
-        multiply(b.attended.data(), {{layer.out, h, true}}, start_of(layer.experts ? layer.router : layer.shared.gate_up));
+        const char* then = layer.experts ? start_of({{layer.router}}) : start_of_hidden(layer);
+        multiply(b.attended.data(), {{layer.out, h, true}}, then);
         x = normed(layer.ffn_norm);
         if (layer.experts) route(layer, x);
         hidden(layer, x);
@@ -635,22 +663,25 @@ struct Pass {
         const int64_t together = std::max<int64_t>(1, std::min(MOST_QUERIES * K / layer.heads, rows * K / team));
         own.groups.clear();
         for (int64_t n = 0; n < rows; n++)
-            if (!n || batch.request[n] != batch.request[n - 1] || n - own.groups.back() == together) own.groups.push_back(n);
+            if (!n || batch.request[n] != batch.request[n - 1] || n - own.groups.back() == together)
+                own.groups.push_back(n);
         const int64_t tasks = own.groups.size() * K;
         own.groups.push_back(rows);
         for (int64_t i; (i = b.taken.fetch_add(1, std::memory_order_relaxed)) < tasks;)
             cached(model.cache_type, layer.keys, [&](auto* keys) {
-                attend(layer, own.groups[i / K], own.groups[i / K + 1], i % K, keys, static_cast<decltype(keys)>(layer.values));
+                const int64_t begin = own.groups[i / K], end = own.groups[i / K + 1];
+                attend(layer, begin, end, i % K, keys, static_cast<decltype(keys)>(layer.values));
             });
         meet();
     }
 
     static constexpr int CHUNK = 128;         // keys whose weights are worked out together
-    static constexpr int MOST_QUERIES = 64;  // that read keys together
+    static constexpr int MOST_QUERIES = 64;  // that read keys together; `program.py` keeps a kv head's within it
 
-    // The query heads that share one kv head, of rows `begin` to `end`, which one request has in a row: over all visible
-    // blocks, with a running softmax. Keys beyond a row's own count zero for it.
-    template <class T> void attend(const Layer& layer, int64_t begin, int64_t end, int64_t kv, const T* keys, const T* values) {
+    // The query heads that share one kv head, of rows `begin` to `end`, which follow each other in one request: over
+    // all visible blocks, with a running softmax. Keys that a row may not see count zero for it if they are finite.
+    template <class T>
+    void attend(const Layer& layer, int64_t begin, int64_t end, int64_t kv, const T* keys, const T* values) {
         const int64_t C = layer.head_dim, stride = layer.kv_heads * C, group = layer.heads / layer.kv_heads;
         const int64_t queries = (end - begin) * group;
         const int64_t from = first_visible(layer, batch.positions[begin]), to = batch.positions[end - 1] + 1;
@@ -669,11 +700,13 @@ struct Pass {
         }
         auto fetch = [&](int64_t chunk) {
             for (int64_t block = std::max(from, chunk) / BLOCK; block * BLOCK < std::min(to, chunk + CHUNK); block++)
-                for (int64_t i = 0; i < BLOCK; i++)
-                    for (int64_t c = 0, place = (table[block] * BLOCK + i) * stride + kv * C; c < C; c += 64 / sizeof(T)) {
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    const int64_t place = (table[block] * BLOCK + i) * stride + kv * C;
+                    for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
                         __builtin_prefetch(keys + place + c, 0, 2);
                         __builtin_prefetch(values + place + c, 0, 2);
                     }
+                }
         };
         fetch(from / CHUNK * CHUNK);
         for (int64_t chunk = from / CHUNK * CHUNK; chunk < to; chunk += CHUNK) {
@@ -683,15 +716,18 @@ struct Pass {
             for (int s = start / BLOCK * BLOCK; s < stop; s += BLOCK) {
                 const int64_t block = (chunk + s) / BLOCK, place = table[block] * BLOCK * stride + kv * C;
                 rows_of_values[s / BLOCK] = values + place;
-                for (int part = 0; part < BLOCK; part += LANES) {
-                    turn(keys + place + part * stride, stride, C, turned);
-                    by_fours(queries, [&](int64_t i, auto count) { score<count>(q + i, turned, C, scores + i * CHUNK + s + part); });
+                for (int half = 0; half < BLOCK; half += LANES) {
+                    turn(keys + place + half * stride, stride, C, turned);
+                    by_fours(queries, [&](int64_t i, auto count) {
+                        score<count>(q + i, turned, C, scores + i * CHUNK + s + half);
+                    });
                 }
             }
             for (int64_t i = 0; i < queries; i++) {
                 const int64_t last = batch.positions[begin + i / group], first = first_visible(layer, last);
-                const int own_start = std::max(first - chunk, int64_t(start)), own_stop = std::min(last + 1 - chunk, int64_t(stop));
-                soften(scores + i * CHUNK, start, stop, own_start, own_stop, scale, top[i], totals[i], out[i], C);
+                const int seen = std::clamp<int64_t>(first - chunk, start, stop);
+                const int hidden = std::clamp<int64_t>(last + 1 - chunk, start, stop);
+                soften(scores + i * CHUNK, start, stop, seen, hidden, scale, top[i], totals[i], out[i], C);
             }
             by_fours(queries, [&](int64_t i, auto count) {
                 int64_t c = 0;
@@ -700,14 +736,17 @@ struct Pass {
                 for (; c + LANES <= C; c += LANES)
                     weigh<count, 1>(rows_of_values, start, stop, stride, scores + i * CHUNK, out + i, c);
                 for (; c < C; c++)
-                    for (int64_t j = i; j < i + count; j++)
-                        for (int s = start; s < stop; s++)
-                            out[j][c] += scores[j * CHUNK + s] * widen(rows_of_values[s / BLOCK][s % BLOCK * stride + c]);
+                    for (int s = start; s < stop; s++) {
+                        const float value = widen(rows_of_values[s / BLOCK][s % BLOCK * stride + c]);
+                        for (int64_t j = i; j < i + count; j++)
+                            out[j][c] = std::fma(scores[j * CHUNK + s], value, out[j][c]);
+                    }
             });
         }
         for (int64_t i = 0; i < queries; i++) {
-            const float gate = sigmoid(b.gates[(begin + i / group) * layer.heads + kv * group + i % group]) / total(totals[i]);
-            for (int64_t c = 0; c < C; c++) out[i][c] *= gate;
+            const int64_t n = begin + i / group, head = kv * group + i % group;
+            const float factor = sigmoid(b.gates[n * layer.heads + head]) / total(totals[i]);
+            for (int64_t c = 0; c < C; c++) out[i][c] *= factor;
         }
     }
 
@@ -743,18 +782,18 @@ struct Pass {
         unrolled<COUNT>([&](auto i) INLINED { sums[i] = Floats{}; });
         for (int64_t c = 0; c < C; c++) {
             const Floats key = load(turned + c * LANES);
-            unrolled<COUNT>([&](auto i) INLINED { sums[i] += q[i][c] * key; });
+            unrolled<COUNT>([&](auto i) INLINED { sums[i] = multiply_add(spread(q[i][c]), key, sums[i]); });
         }
         unrolled<COUNT>([&](auto i) INLINED { store(scores + i * CHUNK, sums[i]); });
     }
 
     // Turn a chunk's scores into weights relative to the running maximum `top`; what was summed before is scaled to it.
-    // Weights from `start` to `stop` are set, those that are not between `first` and `end` to zero.
-    static void soften(float* scores, int start, int stop, int first, int end, float scale, float& top, Floats& totals,
-                       float* out, int64_t size) {
+    // Weights from `start` to `stop` are set, those before `seen` and from `hidden` on to zero.
+    static void soften(float* scores, int start, int stop, int seen, int hidden, float scale, float& top,
+                       Floats& totals, float* out, int64_t size) {
         const int from = start / LANES * LANES, to = (stop + LANES - 1) / LANES * LANES;
-        for (int s = from; s < first; s++) scores[s] = -INFINITY;
-        for (int s = std::max(end, from); s < to; s++) scores[s] = -INFINITY;
+        for (int s = from; s < seen; s++) scores[s] = -INFINITY;
+        for (int s = hidden; s < to; s++) scores[s] = -INFINITY;
         Floats most = Floats{} - INFINITY;
         for (int s = from; s < to; s += LANES) most = larger(most, load(scores + s));
         const float highest = largest(most) * scale;
@@ -766,7 +805,7 @@ struct Pass {
         }
         for (int s = from; s < to; s += LANES) {
             const Floats x = load(scores + s) * scale - top;
-            const Floats weights = x > -87.0f ? exponential(x) : Floats{};  // also where x is NaN, before any key is visible
+            const Floats weights = x > -87.0f ? exponential(x) : Floats{};  // also for NaN: no key was visible yet
             totals += weights;
             store(scores + s, weights);
         }
@@ -774,8 +813,8 @@ struct Pass {
 
     // COUNT outputs, from column c on, += weights of the keys from `start` to `stop` times their values.
     template <int COUNT, int VECTORS, class T>
-    static void weigh(const T* const* blocks, int start, int stop, int64_t stride, const float* weights, float* const* out,
-                      int64_t c) {
+    static void weigh(const T* const* blocks, int start, int stop, int64_t stride, const float* weights,
+                      float* const* out, int64_t c) {
         Floats sums[COUNT * VECTORS];
         unrolled<COUNT * VECTORS>([&](auto i) INLINED { sums[i] = load(out[i / VECTORS] + c + i % VECTORS * LANES); });
         for (int s = start; s < stop; s++) {
@@ -783,7 +822,7 @@ struct Pass {
             Floats value[VECTORS];
             unrolled<VECTORS>([&](auto i) INLINED { value[i] = load(at + i * LANES); });
             unrolled<COUNT * VECTORS>([&](auto i) INLINED {
-                sums[i] += weights[i / VECTORS * CHUNK + s] * value[i % VECTORS];
+                sums[i] = multiply_add(spread(weights[i / VECTORS * CHUNK + s]), value[i % VECTORS], sums[i]);
             });
         }
         unrolled<COUNT * VECTORS>([&](auto i) INLINED { store(out[i / VECTORS] + c + i % VECTORS * LANES, sums[i]); });
@@ -792,9 +831,10 @@ struct Pass {
     // Choose each row's experts and weigh them.
     void route(const Layer& layer, const float* x) {
         const int64_t E = layer.experts, top_k = layer.top_k;
-        multiply(x, {{layer.router, b.scores.data()}}, start_of(layer.shared.gate_up));
+        multiply(x, {{layer.router, b.scores.data()}}, start_of_hidden(layer));
         const Share mine = Share::of(rows);
-        for (int64_t n = mine.from; n < mine.to; n++) choose(layer, &b.scores[n * E], &b.chosen[n * top_k], &b.weights[n * top_k]);
+        for (int64_t n = mine.from; n < mine.to; n++)
+            choose(layer, &b.scores[n * E], &b.chosen[n * top_k], &b.weights[n * top_k]);
         meet();
         list(layer);
     }
@@ -802,15 +842,15 @@ struct Pass {
     // List the rows of each expert that is chosen.
     void list(const Layer& layer) {
         const int64_t E = layer.experts, all = rows * layer.top_k;
-        int32_t *start = grow(own.start, E + 1), *entry = grow(own.entry, all), *end = grow(own.next, E);
+        int32_t *start = grow(own.start, E + 1), *entry = grow(own.entry, all), *filled = grow(own.filled, E);
         std::fill_n(start, E + 1, 0);
         for (int64_t i = 0; i < all; i++) start[b.chosen[i] + 1]++;
         own.experts.clear();
         for (int64_t e = 0; e < E; e++) {
             if (start[e + 1]) own.experts.push_back(e);
-            end[e] = start[e], start[e + 1] += start[e];
+            filled[e] = start[e], start[e + 1] += start[e];
         }
-        for (int64_t i = 0; i < all; i++) entry[end[b.chosen[i]]++] = i;
+        for (int64_t i = 0; i < all; i++) entry[filled[b.chosen[i]]++] = i;
     }
 
     void choose(const Layer& layer, float* scores, int32_t* chosen, float* weights) const {
@@ -833,20 +873,17 @@ struct Pass {
 
     // The intermediate activations of the shared (or dense) MLP, then of every chosen expert.
     void hidden(const Layer& layer, const float* x) {
-        const int64_t I = layer.routed.hidden, shared = strips(layer.shared.hidden), each = strips(I);
-        const Share mine = Share::of(shared + (layer.experts ? own.experts.size() * each : 0));
+        const int64_t I = layer.routed.hidden, shared = strips(layer.shared.hidden), per_expert = strips(I);
+        const Share mine = Share::of(shared + (layer.experts ? own.experts.size() * per_expert : 0));
         int64_t prepared = -1;  // whose rows are ready: 0 for the shared MLP, 1 for the first chosen expert, ...
         Rows ready{};
         for (int64_t task = mine.from; task < mine.to; task++) {
-            const int64_t number = task < shared ? 0 : 1 + (task - shared) / each;
+            const int64_t number = task < shared ? 0 : 1 + (task - shared) / per_expert;
             const int64_t e = number ? own.experts[number - 1] : 0, start = number ? own.start[e] : 0;
             if (number != prepared) ready = number ? rows_of(layer, e, x) : Rows::of(layer.shared.gate_up, x, rows);
             prepared = number;
-            const int64_t then = task + 1;
-            const char* next = then == mine.to ? start_of(layer.shared.down)
-                               : then < shared ? gate_of(layer.shared, 0, then)
-                                               : gate_of(layer.routed, own.experts[(then - shared) / each], (then - shared) % each);
-            if (number) swiglu(layer.routed, e, (task - shared) % each, ready, &b.active[start * I], next);
+            const char* next = task + 1 < mine.to ? gate_of(layer, task + 1) : start_of({{layer.shared.down}});
+            if (number) swiglu(layer.routed, e, (task - shared) % per_expert, ready, &b.active[start * I], next);
             else swiglu(layer.shared, 0, task, ready, b.shared_active.data(), next);
         }
         meet();
@@ -860,8 +897,12 @@ struct Pass {
         return Rows::of(layer.routed.gate_up, chosen, count);
     }
 
-    static const char* gate_of(const Mlp& mlp, int64_t expert, int64_t number) {
-        return row_of(mlp.gate_up, expert * 2 * mlp.hidden + number * STRIP);
+    // Where a task of `hidden` begins to read.
+    static const char* gate_of(const Layer& layer, int64_t task) {
+        const int64_t shared = strips(layer.shared.hidden), per_expert = strips(layer.routed.hidden);
+        if (task < shared) return row_of(layer.shared.gate_up, task * STRIP);
+        const int64_t first = own.experts[(task - shared) / per_expert] * 2 * layer.routed.hidden;
+        return row_of(layer.routed.gate_up, first + (task - shared) % per_expert * STRIP);
     }
 
     // Strip `number` of one expert's activations, into y (count, hidden).
@@ -879,7 +920,7 @@ struct Pass {
         }
     }
 
-    // h += shared + sum of weight * expert, the experts in the order of their numbers. Each thread has columns of its own.
+    // h += shared + sum of weight * expert, the experts in the order of their numbers; each thread has its own columns.
     void down(const Layer& layer, const char* next) {
         const int64_t I = layer.routed.hidden, count = layer.experts ? own.experts.size() : 0;
         const Share mine = Share::of(strips(D));
@@ -887,12 +928,13 @@ struct Pass {
             return i < count ? row_of(layer.routed.down, own.experts[i] * D + mine.from * STRIP) : next;
         };
         const Rows shared = Rows::of(layer.shared.down, b.shared_active.data(), rows);
-        add_strips(layer.shared.down, shared, 0, mine, start_of_expert(0), [&](int64_t n) { return std::pair(n, 1.0f); });
+        auto whole = [](int64_t n) { return std::pair(n, 1.0f); };
+        add_strips(layer.shared.down, shared, 0, mine, start_of_expert(0), whole);
         for (int64_t i = 0; i < count; i++) {
             const int64_t e = own.experts[i], start = own.start[e];
             const Rows x = Rows::of(layer.routed.down, &b.active[start * I], own.start[e + 1] - start);
-            add_strips(layer.routed.down, x, e * D, mine, start_of_expert(i + 1), [&](int64_t i) {
-                int32_t entry = own.entry[start + i];
+            add_strips(layer.routed.down, x, e * D, mine, start_of_expert(i + 1), [&](int64_t row) {
+                int32_t entry = own.entry[start + row];
                 return std::pair<int64_t, float>(entry / layer.top_k, b.weights[entry]);
             });
         }
@@ -950,8 +992,8 @@ struct Pass {
         for (int64_t n = mine.from; n < mine.to; n++) embed(n, h + n * D);
         angles();
         meet();
-        for (int i = 0; i < model.layer_count; i++)
-            block(model.layers[i], start_of(i + 1 < model.layer_count ? model.layers[i + 1].qkv : model.head));
+        for (int i = 0, last = model.layer_count - 1; i <= last; i++)
+            block(model.layers[i], i < last ? start_of(model.layers[i + 1]) : start_of({{model.head}}));
         if (model.hidden) keep(0);
         release_tiles();
     }
@@ -960,17 +1002,17 @@ struct Pass {
     void module(int k) {
         const Module& module = model.modules[k];
         angles();
-        multiply(join(k, module), {{module.joint, h}}, start_of(module.layer.qkv));
-        block(module.layer, start_of(module.head));
+        multiply(join(k, module), {{module.joint, h}}, start_of(module.layer));
+        block(module.layer, start_of({{module.head}}));
         keep(k + 1);
         release_tiles();
     }
 
-    // y (rows, V) = logits of the rows h, of the trunk (k = -1) or of MTP module k. Also each row's likeliest token, the
-    // lowest of equals, and its log-probability unless `logprobs` is null.
+    // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k. Also each row's
+    // likeliest token, the lowest of equals, and its log-probability unless `logprobs` is null.
     void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked = nullptr) {
         const Matrix& head = k < 0 ? model.head : model.modules[k].head;
-        multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, start_of(head));
+        multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, start_of(model.layers[0]));
         release_tiles();
         const Share mine = Share::of(rows);
         for (int64_t n = mine.from; n < mine.to; n++) {
@@ -1035,10 +1077,10 @@ inline void pin(int32_t threads) {
 
 extern "C" {
 
-// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too. Of `count` rows of it,
-// those that are picked, also what `Pass::logits` gives.
-void trunk(const Model* model, const Batch* batch, float* h, const int32_t* picked, int32_t count, float* y, int32_t* best,
-           float* logprobs) {
+// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too. `picked` are `count`
+// rows of it whose logits are wanted as well, as `Pass::logits` gives them.
+void trunk(const Model* model, const Batch* batch, float* h, const int32_t* picked, int32_t count, float* y,
+           int32_t* best, float* logprobs) {
     Batch ends{};
     ends.rows = count;
     Pass pass{*model, *batch, kept, h}, head{*model, ends, kept, h};
