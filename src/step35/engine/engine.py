@@ -25,7 +25,7 @@ from step35.engine.grammar import GrammarCompiler
 from step35.engine.kv_cache import PagedCache
 from step35.engine.request import Request
 from step35.engine.runner import Runner
-from step35.engine.sampling import Choice, Place, Scores, most_likely, pick, shifts_logits
+from step35.engine.sampling import Choice, Place, Scores, most_likely, pick, shifts_logits, takes_likeliest
 from step35.engine.scheduler import Rows, Scheduler
 from step35.engine.speculative import DepthControl
 from step35.engine.stop_text import StopText
@@ -189,8 +189,7 @@ class Engine:
             raise ConfigError(f"token id {wrong[0]} is outside the vocabulary; give ids from 0 to {vocabulary - 1}.")
         request = Request.create(prompt, params, self.eos_ids, self.max_context)
         self._follow_text(request, stream_text)
-        plain = request.constraint is None and not shifts_logits(params) and not params.top_logprobs
-        request.greedy = plain and params.temperature == 0
+        request.greedy = takes_likeliest(params) and request.constraint is None and not params.top_logprobs
         return request
 
     def _follow_text(self, request: Request, stream_text: bool) -> None:

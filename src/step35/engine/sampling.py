@@ -35,7 +35,7 @@ class Place:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken as the logits stand."""
-        return self.params.temperature == 0 and self.allowed is None and not shifts_logits(self.params)
+        return self.allowed is None and takes_likeliest(self.params)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def shifts_logits(params: SamplingParams) -> bool:
     """Return whether penalties or a bias move the logits."""
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     return bool(penalised or params.logit_bias)
+
+
+def takes_likeliest(params: SamplingParams) -> bool:
+    """Return whether the likeliest token is taken as the logits stand."""
+    return params.temperature == 0 and not shifts_logits(params)
 
 
 def reshapes(params: SamplingParams) -> bool:

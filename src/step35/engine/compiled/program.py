@@ -141,7 +141,7 @@ class Program:
         h_ND, count = h_ND.float().contiguous(), len(h_ND)
         y_NV, best, logprobs = torch.empty(count, self.vocabulary), (c_int32 * count)(), (c_float * count)()
         at = c_void_p(h_ND.data_ptr()), count, c_void_p(y_NV.data_ptr())
-        self.library.logits(self.at, -1, *at, best, logprobs)
+        self.library.logits(self.at, *at, best, logprobs)
         return Scores(y_NV, best[:], logprobs[:])
 
     def draft(self, requests: Sequence[Request]) -> list[list[int]]:

@@ -1102,14 +1102,14 @@ void module(const Model* model, int32_t k, const Batch* batch, float* h) {
     pass.module(k);
 }
 
-// As `Pass::logits`, of the rows h (count, D).
-void logits(const Model* model, int32_t k, const float* h, int32_t count, float* y, int32_t* best, float* logprobs) {
+// As `Pass::logits`, of outputs h (count, D) of the trunk.
+void logits(const Model* model, const float* h, int32_t count, float* y, int32_t* best, float* logprobs) {
     Batch batch{};
     batch.rows = count;
     Pass pass{*model, batch, kept, const_cast<float*>(h)};
     grow(kept.x, count * pass.D);
 #pragma omp parallel num_threads(model->threads)
-    pass.logits(k, y, best, logprobs);
+    pass.logits(-1, y, best, logprobs);
 }
 
 // Let module after module propose a token behind what is known and proposed so far, for all requests together.
