@@ -103,13 +103,18 @@ def test_likeliest_tokens_of_the_raw_and_of_the_processed_distribution(model: St
 def test_prompt_logprobs_are_those_of_score(model: Step35, chunk: int) -> None:
     engine = Engine(model, (1, 3), max_pass_tokens=chunk)
     prompt = [5 + n % 20 for n in range(40)]
-    params = SamplingParams(max_tokens=2, prompt_logprobs=True, temperature=0)
+    params = SamplingParams(max_tokens=2, prompt_logprobs=3, temperature=0)
     for _ in range(2):  # the second time, the prefix is known, and must be read again all the same
         [completion] = engine.generate(engine.create([prompt], params))
         with torch.inference_mode():
             expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
         own = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
         assert completion.prompt_logprobs == pytest.approx(own.tolist(), abs=1e-4)
+        likeliest = expected.topk(3)
+        assert len(completion.prompt_top_logprobs) == len(prompt) - 1
+        for place, top in enumerate(completion.prompt_top_logprobs):
+            assert [token for token, _ in top] == likeliest.indices[place].tolist()
+            assert [value for _, value in top] == pytest.approx(likeliest.values[place].tolist(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")

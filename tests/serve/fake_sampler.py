@@ -43,8 +43,10 @@ class FakeSampler:
                 piece = "" if token == end else decoder.push(token)
                 reason = ("length" if cut else "stop") if last else None
                 whole = Completion(ids, (-0.5,) * len(ids), reason, cached_tokens=2) if reason else None
-                if whole and params.prompt_logprobs:
+                if whole and params.prompt_logprobs is not None:
                     whole = replace(whole, prompt_logprobs=(-0.25,) * (len(prompt) - 1))
+                    tops = [((0, -0.125), (token, -0.25))[: params.prompt_logprobs] for token in prompt[1:]]
+                    whole = replace(whole, prompt_top_logprobs=tuple(tops) if params.prompt_logprobs else ())
                 yield Update((token,), (-0.4,), (-0.5,), top, piece, reason, whole)
                 self.started.set()
                 await asyncio.sleep(0)

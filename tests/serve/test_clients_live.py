@@ -207,7 +207,7 @@ async def scores(llm: AsyncLLM, ids: list[int]) -> list[float]:
 def test_completions_of_texts_and_ids(server: Server, llm: AsyncLLM) -> None:
     client = server.client(KEY)
     ids = llm.tokenizer.encode("def add(a, b):")
-    extra = {"return_token_ids": True, "prompt_logprobs": 0}
+    extra = {"return_token_ids": True, "prompt_logprobs": 1}
     fields: Any = {"model": "tiny", "max_tokens": 12, "temperature": 0}
     by_ids = client.completions.create(prompt=ids, logprobs=1, extra_body=extra, **fields).choices[0]
     by_text = client.completions.create(prompt="def add(a, b):", **fields).choices[0]
@@ -216,8 +216,30 @@ def test_completions_of_texts_and_ids(server: Server, llm: AsyncLLM) -> None:
     assert by_ids.prompt_token_ids == ids
     assert len(by_ids.token_ids) == len(by_ids.logprobs.tokens) <= 12
     whole = asyncio.run(scores(llm, ids + by_ids.token_ids))
-    said = [next(iter(entry.values()))["logprob"] for entry in by_ids.prompt_logprobs[1:]]
+    entries = zip(ids[1:], by_ids.prompt_logprobs[1:], strict=True)
+    said = [entry[str(token)]["logprob"] for token, entry in entries]
     assert said + by_ids.logprobs.token_logprobs == pytest.approx(whole, abs=1e-4)
+
+
+def test_an_answer_is_scored_as_lm_eval_does(server: Server, llm: AsyncLLM) -> None:
+    """The continuation's tokens between the context and the one new token, greedy when each is the likeliest."""
+    client, context = server.client(KEY), llm.tokenizer.encode("def add(a, b):")
+    fields: Any = {"model": "tiny", "temperature": 0}
+    greedy = (
+        client.completions.create(prompt=context, max_tokens=6, extra_body={"return_token_ids": True}, **fields)
+        .choices[0]
+        .token_ids
+    )
+    for answer, is_greedy in ((greedy, True), ([*greedy[:-1], greedy[-1] ^ 1], False)):
+        scored = (
+            client.completions.create(prompt=context + answer, max_tokens=1, echo=True, logprobs=1, **fields)
+            .choices[0]
+            .logprobs
+        )
+        logprobs, tops = (part[len(context) : -1] for part in (scored.token_logprobs, scored.top_logprobs))
+        whole = asyncio.run(scores(llm, context + answer))
+        assert logprobs == pytest.approx(whole[len(context) - 1 :], abs=1e-4)
+        assert all(p == max(top.values()) for p, top in zip(logprobs, tops, strict=True)) == is_greedy
 
 
 def test_responses_whole_and_streamed(server: Server) -> None:

@@ -53,16 +53,67 @@ def test_prompt_logprobs_in_vllms_form(serve: Any, tokenizer: Any) -> None:
         {str(token): {"logprob": -0.25, "rank": None, "decoded_token": tokenizer.decode([token])}} for token in ids[1:]
     ]
     assert not hasattr(client.completions.create(model="tiny", prompt=ids).choices[0], "prompt_logprobs")
-    with pytest.raises(openai.BadRequestError, match="prompt_logprobs=1"):
-        client.completions.create(model="tiny", prompt=ids, extra_body={"prompt_logprobs": 1})
+    answer = client.completions.create(model="tiny", prompt=ids, extra_body={"prompt_logprobs": 1})
+    first, *rest = answer.choices[0].prompt_logprobs
+    assert first is None
+    for token, entries in zip(ids[1:], rest, strict=True):
+        assert [(int(of), entry["logprob"], entry["rank"]) for of, entry in entries.items()] == [
+            (token, -0.25, None),
+            (0, -0.125, 1),
+        ]
+    answer = client.completions.create(model="tiny", prompt=ids, extra_body={"prompt_logprobs": 2})
+    assert answer.choices[0].prompt_logprobs[1][str(ids[1])]["rank"] == 2
     with pytest.raises(openai.BadRequestError, match="leave out stream"):
         client.completions.create(model="tiny", prompt=ids, stream=True, extra_body={"prompt_logprobs": 0})
 
 
+def test_echo_puts_the_prompt_in_front(serve: Any, tokenizer: Any) -> None:
+    client, ids = serve("one two").client(), tokenizer.encode("abc def")
+    choice = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1).choices[0]
+    said = tokenizer.encode("one two")
+    assert choice.text == "abc defone two"
+    assert choice.logprobs.token_logprobs == [None, *[-0.25] * (len(ids) - 1), *[-0.5] * (len(said) + 1)]
+    assert "".join(choice.logprobs.tokens) == "abc defone two<|im_end|>"
+    first, *rest = choice.logprobs.top_logprobs
+    assert first is None
+    assert rest[: len(ids) - 1] == [{tokenizer.decode([0]): -0.125}] * (len(ids) - 1)
+    assert rest[len(ids) - 1 :] == [{tokenizer.decode([token]): -0.5} for token in (*said, ids_end(tokenizer))]
+    for place, text in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
+        assert f"{choice.text}<|im_end|>"[place:].startswith(text)
+    chunks = list(client.completions.create(model="tiny", prompt="abc def", echo=True, stream=True, n=2))
+    for index in (0, 1):
+        assert "".join(c.choices[0].text for c in chunks if c.choices[0].index == index) == "abc defone two"
+    with pytest.raises(openai.BadRequestError, match="leave out stream"):
+        client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=0, stream=True)
+
+
+def ids_end(tokenizer: Any) -> int:
+    """Return the id of the end token."""
+    return tokenizer.id_of("<|im_end|>")
+
+
+def test_a_prompt_is_scored_without_an_answer(serve: Any, tokenizer: Any) -> None:
+    client, ids = serve("one two").client(), tokenizer.encode("abc def")
+    for stream in (False, True):
+        fields: Any = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True}
+        if stream:
+            [chunk] = client.completions.create(**fields, stream=True)
+            choice = chunk.choices[0]
+        else:
+            answer = client.completions.create(**fields, logprobs=0)
+            assert answer.usage.completion_tokens == 0
+            choice = answer.choices[0]
+            assert choice.logprobs.token_logprobs == [None, *[-0.25] * (len(ids) - 1)]
+            assert choice.logprobs.top_logprobs is None
+        assert (choice.text, choice.finish_reason) == ("abc def", "length")
+    with pytest.raises(openai.BadRequestError, match="set echo"):
+        client.completions.create(model="tiny", prompt=ids, max_tokens=0)
+
+
 def test_what_is_not_served_is_named(serve: Any) -> None:
     client = serve().client()
-    with pytest.raises(openai.BadRequestError, match="echo is not served"):
-        client.completions.create(model="tiny", prompt="a", echo=True)
+    with pytest.raises(openai.BadRequestError, match="suffix is not served"):
+        client.completions.create(model="tiny", prompt="a", suffix="b")
     with pytest.raises(openai.BadRequestError, match="not in the vocabulary"):
         client.completions.create(model="tiny", prompt=[10**6])
     with pytest.raises(openai.BadRequestError, match="empty"):

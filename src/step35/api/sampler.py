@@ -40,6 +40,8 @@ class Completion:
     """The likeliest tokens at each place, when they were asked for."""
     prompt_logprobs: tuple[float, ...] = ()
     """Log-probability of each prompt token but the first, when they were asked for."""
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
+    """The likeliest tokens at the place of each prompt token but the first, when they were asked for."""
     versions: tuple[int, ...] = ()
     """Version of the weights behind each generated token."""
     cached_tokens: int = 0

@@ -58,8 +58,9 @@ class SamplingParams:
     """Report this many of the likeliest tokens at every place."""
     logprobs_of: Literal["raw", "processed"] = "raw"
     """Distribution that `top_logprobs` reports: the model's own, or what penalties, temperature and cuts leave."""
-    prompt_logprobs: bool = False
-    """Report the log-probability of every prompt token but the first."""
+    prompt_logprobs: int | None = None
+    """Report the log-probability of every prompt token but the first, and this many of the likeliest tokens there; None
+    reports nothing."""
     grammar: Grammar | None = None
     """What the generation may say; in a chat turn, from the end of the thinking on."""
     thinking_budget: int | None = None
@@ -79,6 +80,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1] (0 keeps all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "a number above 0 (1 is none)"),
             ("top_logprobs", self.top_logprobs >= 0, "an integer of at least 0"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "an integer of at least 0, or None"),
             ("logprobs_of", self.logprobs_of in ("raw", "processed"), "'raw' or 'processed'"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("thinking_budget", (self.thinking_budget or 0) >= 0, "an integer of at least 0, or None"),

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from step35.api.sampler import Completion
@@ -219,7 +218,7 @@ class Engine:
         done = 0
         for rows in planned:
             request = rows.request
-            if request.params.prompt_logprobs and rows.start + 1 < len(request.prompt):
+            if request.params.prompt_logprobs is not None and rows.start + 1 < len(request.prompt):
                 self._score_prompt(request, rows, h_ND[done : done + rows.count])
             request.computed = min(rows.end, request.length)
             done += rows.count
@@ -294,13 +293,16 @@ class Engine:
                 request.top_logprobs.append(most_likely(source_NV[n], request.params.top_logprobs))
 
     def _score_prompt(self, request: Request, rows: Rows, h_TD: Tensor) -> None:
-        """Note the log-probabilities of the prompt tokens that these rows predict."""
+        """Note the log-probabilities of the prompt tokens that these rows predict, and the likeliest tokens there."""
         known = len(request.prompt_logprobs)  # a request that was preempted reads its prompt again
         targets = request.prompt[rows.start + 1 : rows.end + 1][max(0, known - rows.start) :]
         if targets:
             h_TD = h_TD[max(0, known - rows.start) :][: len(targets)].to(self.cache.dtype)
-            labels = torch.tensor(targets, device=h_TD.device)
-            request.prompt_logprobs += (-F.cross_entropy(self.model.logits(h_TD), labels, reduction="none")).tolist()
+            logprobs_TV = self.model.logits(h_TD).log_softmax(-1)
+            targets_T = torch.tensor(targets, device=h_TD.device)
+            request.prompt_logprobs += logprobs_TV.gather(1, targets_T[:, None])[:, 0].tolist()
+            if count := request.params.prompt_logprobs:
+                request.prompt_top_logprobs += [most_likely(logprobs_V, count) for logprobs_V in logprobs_TV]
 
     def _catch_up(self, planned: list[Rows]) -> None:
         """Run the modules over prompt rows as soon as the trunk has: behind the window its states are given back.

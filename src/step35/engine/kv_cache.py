@@ -71,7 +71,7 @@ class PagedCache:
 
     def adopt_prefix(self, request: Request) -> None:
         """Take over the longest known prefix of the request's tokens, all but the last of which may be known."""
-        count = 0 if request.params.prompt_logprobs else self._known_prefix(request)
+        count = 0 if request.params.prompt_logprobs is not None else self._known_prefix(request)
         keys = [request.key(block) for block in range(count)]
         first = self._first_visible(count * BLOCK_TOKENS)
         request.full = array("i", [self.full.share(key) for key in keys])

@@ -46,6 +46,7 @@ class Request:
     raw_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     salt: bytes = b""
@@ -178,6 +179,7 @@ class Request:
             tuple(self.raw_logprobs),
             tuple(self.top_logprobs),
             tuple(self.prompt_logprobs),
+            tuple(self.prompt_top_logprobs),
             tuple(self.versions),
             self.cached,
         )

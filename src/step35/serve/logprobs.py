@@ -6,6 +6,7 @@ One entry for each generated token, end token included.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from step35.api.sampler import TopLogprobs
@@ -30,33 +31,48 @@ def chat_logprobs(
 def text_logprobs(
     tokenizer: Tokenizer,
     ids: Sequence[int],
-    logprobs: Sequence[float],
-    tops: Sequence[TopLogprobs],
+    logprobs: Sequence[float | None],
+    tops: Sequence[TopLogprobs | None],
     *,
     limit: int,
     offset: int = 0,
 ) -> dict[str, Any]:
-    """Return the `logprobs` object of a text completion; `offset` is where its first token begins."""
+    """Return the `logprobs` object of a text completion; `offset` is where its first token begins.
+
+    A log-probability of None, the first of a prompt, has no likeliest tokens either.
+    """
     tokens = [tokenizer.decode([token]) for token in ids]
-    offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
-    top = [{tokenizer.decode([token]): max(value, LOWEST) for token, value in pairs[:limit]} for pairs in tops]
     return {
         "tokens": tokens,
-        "token_logprobs": [max(value, LOWEST) for value in logprobs],
-        "top_logprobs": top or None,
-        "text_offset": offsets,
+        "token_logprobs": [None if value is None else max(value, LOWEST) for value in logprobs],
+        "top_logprobs": [None if pairs is None else _by_text(tokenizer, pairs[:limit]) for pairs in tops] or None,
+        "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
     }
 
 
 def prompt_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[TopLogprobs]
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """Return vLLM's `prompt_logprobs`: each prompt token's entry by its id, null for the first; ranks are unknown."""
+    """Return vLLM's `prompt_logprobs`: by id, entries of each prompt token and of the likeliest at its place.
+
+    The first is null; the rank of a token that is not among the likeliest is unknown.
+    """
     found: list[dict[str, dict[str, Any]] | None] = [None]
-    for token, logprob in zip(ids[1:], logprobs, strict=True):
-        entry = {"logprob": max(logprob, LOWEST), "rank": None, "decoded_token": tokenizer.decode([token])}
-        found.append({str(token): entry})
+    for place, (token, logprob) in enumerate(zip(ids[1:], logprobs, strict=True)):
+        ranked = [(*pair, rank) for rank, pair in enumerate(tops[place], start=1)] if tops else []
+        entries = ranked if any(other == token for other, _, _ in ranked) else [(token, logprob, None), *ranked]
+        found.append(
+            {
+                str(of): {"logprob": max(value, LOWEST), "rank": rank, "decoded_token": tokenizer.decode([of])}
+                for of, value, rank in entries
+            }
+        )
     return found
+
+
+def _by_text(tokenizer: Tokenizer, pairs: TopLogprobs) -> dict[str, float]:
+    """Return log-probabilities by text; of tokens that look alike, parts of characters, the likeliest is shown."""
+    return {tokenizer.decode([token]): max(value, LOWEST) for token, value in reversed(pairs)}
 
 
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from step35.api.sampler import TopLogprobs
 from step35.serve.answer_schema import TextCompletion, answers
 from step35.serve.errors import ApiError
 from step35.serve.logprobs import prompt_logprobs, text_logprobs
@@ -46,12 +47,13 @@ def prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
 
 def generations(service: Service, body: CompletionRequest) -> list[Generation]:
     """Return `n` generations for each prompt, those of one prompt side by side."""
-    options = body.options() | {"max_tokens": body.max_tokens, "top_logprobs": body.logprobs or 0}
-    options["prompt_logprobs"] = body.prompt_logprobs is not None
+    options = body.options() | {"max_tokens": max(1, body.max_tokens), "top_logprobs": body.logprobs or 0}
+    echoed = body.logprobs if body.echo else None
+    options["prompt_logprobs"] = max((n for n in (echoed, body.prompt_logprobs) if n is not None), default=None)
     found = []
     for ids in prompts(service, body):
         params = sampling_params(options, service.settings, len(ids))
-        found += Generation(prompt=tuple(ids), params=params).choices(body.n)
+        found += Generation(prompt=tuple(ids), params=params, prompt_only=not body.max_tokens).choices(body.n)
     return found
 
 
@@ -78,11 +80,12 @@ class TextAnswer:
 
     async def events(self) -> Events:
         """Yield the chunks as they come, then usage if asked for, then the end mark."""
-        steps, lengths = self.run.steps(), [0] * len(self.run.readings)
+        steps, lengths = self.run.steps(), dict[int, int]()
         try:
             async for index, step in steps:
-                yield {**self.head, "choices": [self._delta(index, step, lengths[index])]}
-                lengths[index] += len(step.update.text)
+                delta = self._delta(index, step, lengths.get(index))
+                lengths[index] = lengths.get(index, 0) + len(delta["text"])
+                yield {**self.head, "choices": [delta]}
         finally:
             await steps.aclose()
         if self.body.stream_options and self.body.stream_options.include_usage:
@@ -90,24 +93,40 @@ class TextAnswer:
         yield "[DONE]"
 
     def _choice(self, index: int, reading: Reading) -> dict[str, Any]:
-        choice = {"index": index, "text": reading.text, "finish_reason": reading.finish_reason}
-        choice["logprobs"] = self._logprobs(reading.token_ids, reading.logprobs, reading.top_logprobs, 0)
+        prompt, tops = reading.generation.prompt, reading.prompt_top_logprobs
+        ids, logprobs = reading.token_ids, list[float | None](reading.logprobs)
+        top_logprobs = list[TopLogprobs | None](reading.top_logprobs)
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": self._echo(index) + reading.text,
+            "finish_reason": reading.finish_reason,
+        }
+        if self.body.echo:
+            ids, logprobs = [*prompt, *ids], [None, *reading.prompt_logprobs, *reading.logprobs]
+            top_logprobs = [None, *tops, *reading.top_logprobs] if self.body.logprobs else []
+        choice["logprobs"] = self._logprobs(ids, logprobs, top_logprobs, 0)
         if self.body.prompt_logprobs is not None:
-            prompt = reading.generation.prompt
-            choice["prompt_logprobs"] = prompt_logprobs(self.tokenizer, prompt, reading.prompt_logprobs)
+            shown = [pairs[: self.body.prompt_logprobs] for pairs in tops]
+            choice["prompt_logprobs"] = prompt_logprobs(self.tokenizer, prompt, reading.prompt_logprobs, shown)
         if self.body.return_token_ids:
-            choice |= {"prompt_token_ids": list(reading.generation.prompt), "token_ids": reading.token_ids}
+            choice |= {"prompt_token_ids": list(prompt), "token_ids": reading.token_ids}
         return choice
 
-    def _delta(self, index: int, step: Step, offset: int) -> dict[str, Any]:
-        update = step.update
-        choice = {"index": index, "text": update.text, "finish_reason": step.finish_reason}
-        choice["logprobs"] = self._logprobs(update.token_ids, update.raw_logprobs, update.top_logprobs, offset)
+    def _delta(self, index: int, step: Step, offset: int | None) -> dict[str, Any]:
+        """Return what a step brings, behind `offset` characters; None for the first."""
+        update, first = step.update, offset is None
+        text = self._echo(index) + update.text if first else update.text
+        choice = {"index": index, "text": text, "finish_reason": step.finish_reason}
+        choice["logprobs"] = self._logprobs(update.token_ids, update.raw_logprobs, update.top_logprobs, offset or 0)
         if self.body.return_token_ids:
             choice["token_ids"] = list(update.token_ids)
-            if not offset:
+            if first:
                 choice["prompt_token_ids"] = list(self.run.readings[index].generation.prompt)
         return choice
+
+    def _echo(self, index: int) -> str:
+        """Return the prompt's text where it is to stand in front."""
+        return self.tokenizer.decode(self.run.readings[index].generation.prompt) if self.body.echo else ""
 
     def _logprobs(self, ids: Any, logprobs: Any, tops: Any, offset: int) -> dict[str, Any] | None:
         if self.body.logprobs is None:

@@ -170,21 +170,27 @@ class CompletionRequest(SamplingRequest):
     """The body of /v1/completions: a text, a list of token ids, or a list of either."""
 
     unsupported: ClassVar[dict[str, str]] = {
-        "echo": "put the prompt before the answer yourself",
         "suffix": "this model only continues texts",
         "best_of": "ask for n choices and pick one",
     }
 
     prompt: str | list[int] | list[str] | list[list[int]] = Field(json_schema_extra=PROMPTS)
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int = Field(default=16, ge=0)
+    """0 only together with `echo`: the prompt is read, and nothing is generated."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=0)
-    """0 reports the prompt's own tokens, as in vLLM; the likeliest others at each place are not served."""
+    echo: bool = False
+    """Put the prompt in front of the text, and its tokens in front of those of `logprobs`."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    """The prompt's own tokens, and so many of the likeliest at each place; in vLLM's form."""
 
     @model_validator(mode="after")
-    def _prompt_logprobs_are_whole(self) -> CompletionRequest:
+    def _fields_fit_together(self) -> CompletionRequest:
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs come with whole answers only; leave out stream")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs comes with whole answers only; leave out stream")
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens=0 generates nothing; give at least 1, or set echo to score the prompt")
         return self
 
 

@@ -39,6 +39,7 @@ class Reading:
         self.logprobs: list[float] = []
         self.top_logprobs: list[TopLogprobs] = []
         self.prompt_logprobs: tuple[float, ...] = ()
+        self.prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
         self.text = ""
         self.calls: list[ToolCallEnd] = []
         self.reasoning = self.content = ""
@@ -60,6 +61,9 @@ class Reading:
         """Read one update."""
         if update.finish_reason == "cancelled":
             raise ApiError("the generation was cancelled: the server is shutting down.", status=503)
+        if self.generation.prompt_only:
+            reason = update.finish_reason and "length"
+            update = Update((), (), (), (), "", reason, update.completion)
         self.token_ids += update.token_ids
         self.logprobs += update.raw_logprobs
         self.top_logprobs += update.top_logprobs
@@ -68,6 +72,7 @@ class Reading:
         if update.completion:
             self.cached_tokens = update.completion.cached_tokens
             self.prompt_logprobs = update.completion.prompt_logprobs
+            self.prompt_top_logprobs = update.completion.prompt_top_logprobs
             self.drafted_tokens = sum(update.completion.drafted)
             self.accepted_tokens = sum(update.completion.accepted)
         if update.finish_reason == "stop" and self.calls:

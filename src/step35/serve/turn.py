@@ -31,6 +31,8 @@ class Generation:
     """Whether the answer is an assistant turn, to be parsed, or plain text."""
     one_call: bool = False
     """End after the first tool call."""
+    prompt_only: bool = False
+    """Only the prompt is of interest: what is generated is dropped."""
 
     def choices(self, n: int) -> list[Generation]:
         """Return `n` of them, each with a random stream of its own."""
