@@ -105,7 +105,7 @@ def test_an_error_in_a_pass_reaches_the_callers_and_the_engine_goes_on(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Runner, "trunk", broken)
+        patched.setattr(Runner, "run", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             asyncio.run(collect(llm, "the", params(0)))
     assert len(asyncio.run(collect(llm, "the", params(0, 2)))) > 0

@@ -69,7 +69,7 @@ def run_all(runner: Runner, requests: Sequence[Request]) -> dict[str, torch.Tens
     """Run everything once in two chunks, so that the second reads what the first has stored."""
     results = {}
     for name, part in (("first", rows(requests, 0, 7)), ("second", rows(requests, 7))):
-        results[f"trunk {name}"] = runner.trunk(part, [])[0]
+        results[f"trunk {name}"] = runner.run(part)[0]
     scores = runner.logits(results["trunk second"])
     assert scores.best == scores.logits_NV.argmax(-1).tolist()
     results["logits"], results["likeliest"] = scores.logits_NV, torch.tensor(scores.best_logprobs)
@@ -116,7 +116,7 @@ def test_the_last_positions_of_262144_with_the_release_s_rope_scaling(build_mode
         [request] = made.create([[5] * (far - 8)], SamplingParams(max_tokens=7))
         request.full = array("i", range(far // BLOCK_TOKENS))
         request.window = array("i", [block % 4 for block in range(far // BLOCK_TOKENS)])  # a window spans two or three
-        results.append([made.runner.trunk(rows([request], begin, begin + 5), [])[0] for begin in (far - 20, far - 15)])
+        results.append([made.runner.run(rows([request], begin, begin + 5))[0] for begin in (far - 20, far - 15)])
     for compiled_ND, torch_ND in zip(*results, strict=True):
         assert difference(compiled_ND, torch_ND) < 1e-5
 
@@ -128,11 +128,11 @@ def test_a_row_is_the_same_bits_with_any_rows_beside_it(tiny: Step35, dtype: tor
     prompts = [list(range(9, 25)) for _ in range(7)]
     together, alone = engine(model, compiled=True), engine(model, compiled=True)
     requests = start(together, prompts)
-    h_ND = together.runner.trunk(rows(requests, 0), [])[0]
+    h_ND = together.runner.run(rows(requests, 0))[0]
     logits_NV = together.runner.logits(h_ND).logits_NV
     [single] = start(alone, prompts[:1])
     for position in range(16):
-        h_1D = alone.runner.trunk(rows([single], position, position + 1), [])[0]
+        h_1D = alone.runner.run(rows([single], position, position + 1))[0]
         for n in range(7):
             assert torch.equal(h_ND[16 * n + position], h_1D[0])
         assert torch.equal(alone.runner.logits(h_1D).logits_NV[0], logits_NV[position])
@@ -163,7 +163,7 @@ def test_rows_that_read_keys_together_are_the_same_bits_as_rows_alone(
 def run_in_steps(runner: Runner, requests: Sequence[Request], ends: Sequence[int]) -> torch.Tensor:
     """Return the trunk's output (requests, positions, D), run from each end to the next."""
     parts = [
-        runner.trunk(rows(requests, begin, end), [])[0].view(len(requests), end - begin, -1)
+        runner.run(rows(requests, begin, end))[0].view(len(requests), end - begin, -1)
         for begin, end in itertools.pairwise(ends)
     ]
     return torch.cat(parts, dim=1)
@@ -192,7 +192,7 @@ def test_int8_drafts_in_torch_are_those_of_the_compiled_passes(tiny: Step35) -> 
             made.step()
         assert made.cache.reserve(request, request.length + 4)
         with torch.inference_mode():
-            made.runner.draft([request])
+            made.runner.run([Rows(request, request.computed, 1, depth=3)])
         outputs.append((request.tokens, request.drafts))
     assert outputs[0] == outputs[1]
 
@@ -292,8 +292,8 @@ def test_rows_far_away_run_in_torch_beside_compiled_ones(tiny: Step35, monkeypat
     parts = [Rows(requests[0], 0, 10), Rows(requests[1], 0, 20), Rows(requests[2], 0, 9)]
     ordered = made.runner.in_order(parts)
     assert [r.count for r in ordered] == [9, 10, 20]
-    h_ND = made.runner.trunk(ordered, [])[0]
+    h_ND = made.runner.run(ordered)[0]
     expected = engine(tiny, compiled=False)
     for rows_of_one, h in zip(ordered, h_ND.split([r.count for r in ordered]), strict=True):
         [alone] = start(expected, [rows_of_one.request.prompt])
-        assert difference(h, expected.runner.trunk([Rows(alone, 0, rows_of_one.count)], [])[0]) < 1e-5
+        assert difference(h, expected.runner.run([Rows(alone, 0, rows_of_one.count)])[0]) < 1e-5

@@ -94,13 +94,13 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(
 
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each pass of the trunk."""
-    trunk, computed = Runner.trunk, list[int]()
+    run, computed = Runner.run, list[int]()
 
-    def counting(self: Runner, rows: Sequence[Rows], picked: Sequence[int]) -> tuple[torch.Tensor, Scores]:
-        computed.append(sum(r.count for r in rows))
-        return trunk(self, rows, picked)
+    def counting(self: Runner, rows: Sequence[Rows]) -> tuple[torch.Tensor, Scores]:
+        computed.append(sum(r.count + r.depth for r in rows))
+        return run(self, rows)
 
-    monkeypatch.setattr(Runner, "trunk", counting)
+    monkeypatch.setattr(Runner, "run", counting)
     return computed
 
 

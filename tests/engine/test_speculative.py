@@ -17,6 +17,7 @@ from step35.engine.engine import Engine
 from step35.engine.paged_context import slot
 from step35.engine.request import Request
 from step35.engine.runner import Runner
+from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.model.context import Context
 from step35.model.step35 import Step35
@@ -114,12 +115,12 @@ def teacher_forced(model: Step35, known: list[int], depth: int) -> tuple[list[in
 def test_drafts_are_those_of_passes_over_the_whole_prefix(
     models: list[Step35], monkeypatch: pytest.MonkeyPatch, depth: int, temperature: float
 ) -> None:
-    draft, most_accepted = Runner.draft, 0
+    run, most_accepted = Runner.run, 0
 
-    def checked(self: Runner, requests: list[Request]) -> None:
+    def checked(self: Runner, planned: list[Rows]) -> tuple[torch.Tensor, Scores]:
         nonlocal most_accepted
-        draft(self, requests)
-        for request in requests:
+        result = run(self, planned)
+        for request in [rows.request for rows in planned if rows.depth]:
             expected, states = teacher_forced(self.model, request.tokens, depth)
             assert request.drafts == expected
             for k, (hidden, state_TD) in enumerate(zip(self.cache.hidden[1 : 1 + depth], states, strict=True)):
@@ -130,9 +131,10 @@ def test_drafts_are_those_of_passes_over_the_whole_prefix(
                 torch.testing.assert_close(hidden[slots], state_TD[list(last)], atol=1e-3, rtol=1e-3)
             most_accepted = max(most_accepted, request.length - known.get(request, request.length))
             known[request] = request.length
+        return result
 
     known: dict[Request, int] = {}
-    monkeypatch.setattr(Runner, "draft", checked)
+    monkeypatch.setattr(Runner, "run", checked)
     prompts = [[*PROMPTS[2][:9], *tail] for tail in PROMPTS[:4]]
     for model in models[1:]:
         generate(model, prompts, settings_for([depth] * 4, temperature, ignore_eos=True))
@@ -143,13 +145,14 @@ def test_drafts_are_those_of_passes_over_the_whole_prefix(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_are_counted_by_depth(models: list[Step35], monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     offered: list[list[int]] = []
-    draft = Runner.draft
+    run = Runner.run
 
-    def recording(self: Runner, requests: list[Request]) -> None:
-        draft(self, requests)
-        offered.extend(list(request.drafts) for request in requests)
+    def recording(self: Runner, planned: list[Rows]) -> tuple[torch.Tensor, Scores]:
+        result = run(self, planned)
+        offered.extend(list(rows.request.drafts) for rows in planned if rows.depth)
+        return result
 
-    monkeypatch.setattr(Runner, "draft", recording)
+    monkeypatch.setattr(Runner, "run", recording)
     engine = Engine(models[1], EOS)
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=3, ignore_eos=True, speculate=3)
     [request] = engine.create([PROMPTS[1]], params)

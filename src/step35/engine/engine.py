@@ -137,24 +137,20 @@ class Engine:
         """Run one pass and return the tokens that it brought."""
         self._swap_weights_when_idle()
         self._choose_depth()
-        planned = self.scheduler.plan()
-        decoding = [rows.request for rows in planned if rows.request.decoding]
-        started = time.perf_counter()
-        drafting = [request for request in decoding if request.depth]
-        if drafting:
-            self.runner.draft(drafting)
-        planned = self.runner.in_order(Rows(r.request, r.start, r.count + len(r.request.drafts)) for r in planned)
+        planned = self.runner.in_order(self.scheduler.plan())
         if not planned:
             return []
-        ready, picked = _ends(planned)
-        h_ND, scores = self.runner.trunk(planned, picked)
+        started, decode_only = time.perf_counter(), all(rows.request.decoding for rows in planned)
+        h_ND, scores = self.runner.run(planned)
+        ready = [rows.request for rows in planned if rows.end == rows.request.length]
         self._read(planned, h_ND)
         news = self._accept(ready, scores) if ready else []
         self._catch_up([rows for rows in planned if rows.request.finish_reason is None])
         for rows in planned:
             self._settle(rows.request)
-        if self.depths is not None and len(decoding) == len(planned):
-            self.depths.time(len(decoding), max(r.depth for r in decoding), time.perf_counter() - started)
+        if self.depths is not None and decode_only:
+            depth = max(rows.depth for rows in planned)
+            self.depths.time(len(planned), depth, time.perf_counter() - started)
         self.counters["passes"] += 1
         self.counters["rows"] += len(h_ND)
         return news
@@ -206,9 +202,11 @@ class Engine:
 
     def _choose_depth(self) -> None:
         """With adaptive depth, let all requests that decode draft equally deep, as far as they may."""
+        if self.depths is None:
+            return
         decoding = [request for request in self.scheduler.running if request.decoding]
         most = max((request.params.speculate for request in decoding), default=0)
-        if self.depths is not None and most:
+        if most:
             depth = self.depths.choose(len(decoding), most)
             for request in decoding:
                 request.depth = min(depth, request.params.speculate)
@@ -220,8 +218,8 @@ class Engine:
             request = rows.request
             if request.params.prompt_logprobs is not None and rows.start + 1 < len(request.prompt):
                 self._score_prompt(request, rows, h_ND[done : done + rows.count])
-            request.computed = min(rows.end, request.length)
-            done += rows.count
+            request.computed = rows.end
+            done += rows.count + rows.depth
 
     def _accept(self, requests: list[Request], scores: Scores) -> News:
         """Choose a token at every place, and keep those up to the first draft that was another token."""
@@ -345,18 +343,6 @@ class Engine:
         for request in self.scheduler.waiting:
             if not request.generated_count:
                 request.rekey(self._salt(request))
-
-
-def _ends(planned: Sequence[Rows]) -> tuple[list[Request], list[int]]:
-    """Return the requests whose known tokens all run in this pass, and the rows from their last known tokens on."""
-    ready, picked, done = list[Request](), list[int](), 0
-    for rows in planned:
-        known = rows.request.length
-        if rows.end >= known:
-            ready.append(rows.request)
-            picked += range(done + known - 1 - rows.start, done + rows.count)
-        done += rows.count
-    return ready, picked
 
 
 def _block_counts(

@@ -8,7 +8,7 @@ request, those with equally many rows together, over the slots that each may see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -33,9 +33,6 @@ it takes besides no longer counts (on a CPU with AVX512-BF16, torch takes over f
 FAR = 4096
 """From this position on, only rows that decode: torch attends to far more keys than weights are read."""
 
-Pass = Callable[[Sequence[int], Sequence[Rows]], Tensor]
-"""From the tokens of rows and the rows to states (N, D)."""
-
 
 class Runner:
     """The model, and the cache it reads and writes.
@@ -55,41 +52,57 @@ class Runner:
 
     def in_order(self, rows: Iterable[Rows]) -> list[Rows]:
         """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
-        return sorted(rows, key=lambda r: (not self._few(r), r.count))
+        return sorted(rows, key=lambda r: (not self._few(r), r.count + r.depth))
 
-    def trunk(self, rows: Sequence[Rows], picked: Sequence[int]) -> tuple[Tensor, Scores]:
-        """Run the trunk; return its last layer's output (N, D) before the final norm, and the scores of some rows."""
-        program = self.program
-        if program is not None and self.graphs is None and all(map(self._few, rows)):
-            return program.trunk(_tokens(rows), rows, picked)
-        compiled = None if program is None else lambda tokens, few: program.trunk(tokens, few)[0]
-        h_ND = self._split("trunk", self._trunk, compiled, rows, 0)
-        if not picked:
-            return h_ND, Scores(h_ND[:0], [], [])
-        return h_ND, self.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked])
+    def run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
+        """Make the drafts that are asked for, then run the trunk over all rows and over these.
+
+        Returns the trunk's output (N, D) before the final norm; and of each request whose known tokens have all run, the
+        scores of the last of them and of its drafts.
+        """
+        few = self._compiled(rows)
+        if self.program is None or not few:
+            return self._run(rows)
+        if few == len(rows):
+            return self.program.run(rows)
+        parts = [self.program.run(rows[:few]), self._run(rows[few:])]
+        return torch.cat([h_ND for h_ND, _ in parts]), Scores.join([scores for _, scores in parts])
 
     def module(self, k: int, rows: Sequence[Rows]) -> Tensor:
         """Run MTP module k; return its output (N, D). Its row at position p reads the token at p and the state at p-1.
 
         Its first state belongs to position k+1; before that, nothing is visible.
         """
-        compiled = None if self.program is None else partial(self.program.module, k)
-        return self._split(f"module {k}", partial(self._module, k), compiled, rows, k + 1)
+        parts, few = list[Tensor](), self._compiled(rows)
+        if self.program is not None and few:
+            parts.append(self.program.module(k, _tokens(rows[:few]), rows[:few]))
+        if few < len(rows):
+            parts.append(self._pass(f"module {k}", partial(self._module, k), rows[few:], k + 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def logits(self, h_ND: Tensor) -> Scores:
         """Return the logits of the trunk's outputs (N, D)."""
         return self.program.logits(h_ND) if self.program is not None else Scores.of(self.model.logits(h_ND))
 
-    def draft(self, requests: Sequence[Request]) -> None:
+    def _run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
+        """Do what `run` does, in torch."""
+        self._draft([r.request for r in rows if r.depth])
+        h_ND = self._pass("trunk", self._trunk, [Rows(r.request, r.start, r.count + r.depth) for r in rows], 0)
+        picked, done = list[int](), 0
+        for r in rows:
+            done += r.count + r.depth
+            if r.end == r.request.length:
+                picked += range(done - r.depth - 1, done)
+        if not picked:
+            return h_ND, Scores(torch.empty(0, self.model.config.vocab_size, device=h_ND.device), [], [])
+        return h_ND, self.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked])
+
+    def _draft(self, requests: Sequence[Request]) -> None:
         """Let module after module propose a token behind what is known and proposed so far, up to `Request.depth`.
 
         Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
         """
-        if self.program is not None and not any(r.behind > self.few_rows for r in requests):
-            for request, drafts in zip(requests, self.program.draft(requests), strict=True):
-                request.drafts = drafts
-            return
-        for k in range(max(r.depth for r in requests)):
+        for k in range(max((r.depth for r in requests), default=0)):
             rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
             rows = self.in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
@@ -97,21 +110,23 @@ class Runner:
             for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1).tolist(), strict=True):
                 r.request.drafts.append(token)
 
-    def _split(self, name: str, work: Work, compiled: Pass | None, rows: Sequence[Rows], first: int) -> Tensor:
-        """Run the requests with few rows compiled or captured, which come first, and the others as they are."""
-        few = sum(map(self._few, rows)) if compiled is not None else 0
-        if self.graphs is not None:
-            compiled, few = partial(self.graphs.run, name, work, first), sum(r.count <= MOST_ROWS for r in rows)
+    def _pass(self, name: str, work: Work, rows: Sequence[Rows], first: int) -> Tensor:
+        """Run rows in torch; where graphs are captured, requests with few rows, which come first, in one."""
+        few = sum(r.count <= MOST_ROWS for r in rows) if self.graphs is not None else 0
         parts, rest = list[Tensor](), rows[few:]
-        if compiled is not None and few:
-            parts.append(compiled(_tokens(rows[:few]), rows[:few]))
+        if self.graphs is not None and few:
+            parts.append(self.graphs.run(name, work, first, _tokens(rows[:few]), rows[:few]))
         if rest:
-            states_ND = work(self._ids(rest), PagedContext(self.cache, rest, first))
-            parts.append(states_ND.to(parts[0].dtype) if parts else states_ND)
+            parts.append(work(self._ids(rest), PagedContext(self.cache, rest, first)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _compiled(self, rows: Sequence[Rows]) -> int:
+        """Return how many of the rows, which are in order, run compiled."""
+        return 0 if self.program is None else sum(map(self._few, rows))
+
     def _few(self, rows: Rows) -> bool:
-        return rows.count <= (self.few_rows if rows.end <= FAR else min(self.few_rows, MOST_ROWS))
+        most = self.few_rows if rows.end <= FAR else min(self.few_rows, MOST_ROWS)
+        return rows.count <= most and (not rows.depth or rows.request.behind <= most)
 
     def _trunk(self, ids_1N: Tensor, context: PagedContext) -> Tensor:
         h_ND = self.model.trunk(ids_1N, context)[0]

@@ -52,6 +52,15 @@ class Scores:
         top_N, best_N = logits_NV.max(-1)
         return cls(logits_NV, best_N.tolist(), (top_N - logits_NV.logsumexp(-1)).tolist())
 
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the scores of several parts, one behind the other."""
+        return cls(
+            torch.cat([part.logits_NV for part in parts]),
+            [token for part in parts for token in part.best],
+            [logprob for part in parts for logprob in part.best_logprobs],
+        )
+
 
 @dataclass(frozen=True)
 class Choice:

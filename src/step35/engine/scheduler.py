@@ -20,11 +20,18 @@ class Rows(NamedTuple):
     request: Request
     start: int
     count: int  # type: ignore[assignment]  # a tuple's method of this name is not needed
+    depth: int = 0
+    """Drafts to make, and to verify behind these positions."""
 
     @property
     def end(self) -> int:
         """The position behind the last."""
         return self.start + self.count
+
+    @property
+    def last(self) -> int:
+        """The position behind the last draft."""
+        return self.start + self.count + self.depth
 
 
 class Scheduler:
@@ -45,24 +52,31 @@ class Scheduler:
         planned: list[Rows] = []
         budget = self.max_pass_tokens
         for request in list(self.running):
-            if budget > 0 and request in self.running and self._make_room(request, self._end(request, budget)):
-                planned.append(self._rows(request, budget))
-                budget -= planned[-1].count + self._depth(request)
+            rows = self._rows(request, budget)
+            if budget > 0 and request in self.running and self._make_room(request, rows.last):
+                planned.append(rows)
+                budget -= rows.count + rows.depth
+        if self.waiting:
+            self._admit(planned, budget)
+        return planned
+
+    def _admit(self, planned: list[Rows], budget: int) -> None:
+        """Begin with requests that wait, as far as the budget and the blocks go."""
         coming = {_next_block(rows.request) for rows in planned} - {None}
         while budget > 0 and self._may_admit():
             request = self.waiting[0]
             self.cache.adopt_prefix(request)
+            rows = self._rows(request, budget)
             # What another request is about to compute is waited for instead of computed twice.
-            if _next_block(request) in coming or not self.cache.reserve(request, self._end(request, budget)):
+            if _next_block(request) in coming or not self.cache.reserve(request, rows.last):
                 self.cache.release(request)
                 break
             coming |= {_next_block(request)} - {None}
             self.running.append(self.waiting.popleft())
             if not request.generated_count:
                 request.cached = request.computed
-            planned.append(self._rows(request, budget))
-            budget -= planned[-1].count
-        return planned
+            planned.append(rows)
+            budget -= rows.count
 
     def finish(self, request: Request) -> None:
         """Forget a request that has ended, wherever it stands, and free its blocks."""
@@ -89,15 +103,9 @@ class Scheduler:
         return True
 
     def _rows(self, request: Request, budget: int) -> Rows:
-        return Rows(request, request.computed, min(request.length - request.computed, budget))
-
-    def _end(self, request: Request, budget: int) -> int:
-        return self._rows(request, budget).end + self._depth(request)
-
-    @staticmethod
-    def _depth(request: Request) -> int:
-        """Return how many drafts the request may have in this pass: none while its prompt is being read."""
-        return request.depth if request.decoding else 0
+        """Return what the request runs next, with no drafts while its prompt is being read."""
+        depth = request.depth if request.decoding else 0
+        return Rows(request, request.computed, min(request.length - request.computed, budget), depth)
 
 
 def _next_block(request: Request) -> bytes | None:

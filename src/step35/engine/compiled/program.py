@@ -19,7 +19,6 @@ from torch import Tensor
 
 from step35.engine.blocks import BLOCK_TOKENS
 from step35.engine.kv_cache import PagedCache
-from step35.engine.request import Request
 from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.model.experts import Experts
@@ -82,10 +81,10 @@ class CBatch(Structure):
     )
 
 
-class CDrafting(Structure):
+class CRequests(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("depth", "length", "start", "first", "known", "full", "window", "drafts")),
-        ("requests", c_int32),
+        *((name, c_void_p) for name in ("asked", "tokens", "full", "window")),
+        *((name, c_int32) for name in ("count", "modules")),
     )
 
 
@@ -110,6 +109,7 @@ class Program:
             model.config.rms_norm_eps,
         )  # fmt: skip
         self.at = byref(self.c)
+        library.run.argtypes = (c_void_p,) * 7
 
     @classmethod
     def create(cls, model: Step35, cache: PagedCache) -> Program | None:
@@ -119,16 +119,33 @@ class Program:
         library = load_library(SOURCE, "decoding")
         return None if library is None else cls(library, model, cache)
 
-    def trunk(self, tokens: Sequence[int], rows: Sequence[Rows], picked: Sequence[int] = ()) -> tuple[Tensor, Scores]:
-        """Return the trunk's output (N, D), fp32, and the scores of the rows picked; keep what modules read of it."""
-        count, places = len(picked), array("i", picked)
-        h_ND, y_NV = torch.empty(len(tokens), self.size), torch.empty(count, self.vocabulary)
-        best, logprobs = (c_int32 * count)(), (c_float * count)()
-        self.library.trunk(
-            self.at, byref(batch(tokens, rows, 0)), c_void_p(h_ND.data_ptr()), c_void_p(places.buffer_info()[0]), count,
-            c_void_p(y_NV.data_ptr()), best, logprobs,
-        )  # fmt: skip
-        return h_ND, Scores(y_NV, best[:], logprobs[:])
+    def run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
+        """Make the drafts that are asked for, then run the trunk over all rows and over these.
+
+        Returns the trunk's output (N, D), fp32, and the scores of each request's last known token and of its drafts.
+        """
+        modules = len(self.model.mtp)
+        asked, tokens, count, ends = array("i"), array("i"), 0, 0
+        for request, start, known, depth in rows:
+            done, end = request.module_done[:depth], start + known
+            first, ready = min(start, *done) if done else start, end == request.length
+            asked.extend((depth, first, start, end, ready, *done, *[0] * (modules - depth)))
+            tokens.extend(request.tokens[first:end])
+            count += known + depth
+            ends += 1 + depth if ready else 0
+        tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
+        table = tables.buffer_info()[0]
+        requests = CRequests(_at(asked), _at(tokens), table, table + 8 * len(rows), len(rows), modules)
+        h_ND, y_NV = torch.empty(count, self.size), torch.empty(ends, self.vocabulary)
+        best, logprobs = array("i", bytes(4 * ends)), array("f", bytes(4 * ends))
+        drafts = array("i", bytes(4 * len(rows) * modules))
+        self.library.run(
+            self.at, byref(requests), h_ND.data_ptr(), y_NV.data_ptr(), _at(best), _at(logprobs), _at(drafts)
+        )
+        for n, r in enumerate(rows):
+            if r.depth:
+                r.request.drafts = drafts[n * modules : n * modules + r.depth].tolist()
+        return h_ND, Scores(y_NV, best.tolist(), logprobs.tolist())
 
     def module(self, k: int, tokens: Sequence[int], rows: Sequence[Rows]) -> Tensor:
         """Return MTP module k's output (N, D), fp32, and keep it for the next module."""
@@ -143,27 +160,6 @@ class Program:
         at = c_void_p(h_ND.data_ptr()), count, c_void_p(y_NV.data_ptr())
         self.library.logits(self.at, *at, best, logprobs)
         return Scores(y_NV, best[:], logprobs[:])
-
-    def draft(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Return the drafts of each request, `depth` of them, at least one."""
-        count, deepest = len(requests), max(r.depth for r in requests)
-        starts = [[*r.module_done[: r.depth], *[0] * (deepest - r.depth)] for r in requests]
-        firsts = [min(r.module_done[: r.depth]) for r in requests]
-        known = [(c_int32 * (r.length - first))(*r.tokens[first:]) for r, first in zip(requests, firsts, strict=True)]
-        numbers = (c_int32 * (3 * count + count * deepest))(
-            *(r.depth for r in requests), *(r.length for r in requests), *firsts, *(s for row in starts for s in row)
-        )
-        pointers = (c_void_p * (3 * count))(
-            *map(ctypes.addressof, known), *_tables(r.full for r in requests), *_tables(r.window for r in requests)
-        )
-        drafts = (c_int32 * (count * deepest))()
-        at, tables = ctypes.addressof(numbers), ctypes.addressof(pointers)
-        drafting = CDrafting(
-            at, at + 4 * count, at + 12 * count, at + 8 * count, tables, tables + 8 * count, tables + 16 * count,
-            ctypes.addressof(drafts), count,
-        )  # fmt: skip
-        self.library.draft(self.at, byref(drafting))
-        return [drafts[n * deepest : n * deepest + r.depth] for n, r in enumerate(requests)]
 
     def _array(self, kind: Any, items: Sequence[Any]) -> int | None:
         array = (kind * len(items))(*items)
@@ -257,6 +253,11 @@ def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
     return c
 
 
+def _at(numbers: array[Any]) -> int:
+    """Return where numbers lie."""
+    return numbers.buffer_info()[0]
+
+
 def _tables(tables: Iterable[array[int]]) -> Iterator[int]:
     """Return where the block tables lie."""
-    return (table.buffer_info()[0] for table in tables)
+    return map(_at, tables)

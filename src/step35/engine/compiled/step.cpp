@@ -77,12 +77,22 @@ struct Batch {
     int32_t rows, first;                          // `first`: the first position that holds anything
 };
 
-struct Drafting {  // arrays of `requests`; `start` and `drafts` have as many columns as the deepest drafts
-    const int32_t *depth, *length, *start;  // drafts to make, known tokens, first position of each module to run
-    const int32_t *first, **known;          // known tokens, from position `first` on
+struct Asked {  // of one request, some of whose positions run; followed by the first position of each module to run
+    int32_t drafts;      // to make behind all known tokens
+    int32_t first;       // the first position whose token is given
+    int32_t start, end;  // known positions that the trunk runs, before the drafts
+    int32_t ready;       // whether the logits of the last of them, and of the drafts, are wanted
+};
+
+struct Requests {
+    const int32_t* asked;   // `Asked` and first positions, request after request
+    const int32_t* tokens;  // of all requests, each from `first` up to `end`
     const int32_t **full, **window;
-    int32_t* drafts;
-    int32_t requests;
+    int32_t count, modules;
+
+    const int32_t* of(int32_t r) const { return asked + r * (sizeof(Asked) / sizeof(int32_t) + modules); }
+    const Asked& operator[](int32_t r) const { return *reinterpret_cast<const Asked*>(of(r)); }
+    int32_t start(int32_t r, int32_t module) const { return of(r)[sizeof(Asked) / sizeof(int32_t) + module]; }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +199,7 @@ inline void tile(X x, const T* w, int64_t ins, float* y, const char* ahead) {
         decltype(x.part(0, d)) parts[ROWS];
         unrolled<ROWS>([&](auto r) INLINED { parts[r] = x.part(r, d); });
         if (AHEAD)
-            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 2);
+            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 3);
         unrolled<OUTS>([&](auto o) INLINED {
             auto unit = X::unit(w + o * ins + d);
             unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit); });
@@ -703,8 +713,8 @@ struct Pass {
                 for (int64_t i = 0; i < BLOCK; i++) {
                     const int64_t place = (table[block] * BLOCK + i) * stride + kv * C;
                     for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
-                        __builtin_prefetch(keys + place + c, 0, 2);
-                        __builtin_prefetch(values + place + c, 0, 2);
+                        __builtin_prefetch(keys + place + c, 0, 3);
+                        __builtin_prefetch(values + place + c, 0, 3);
                     }
                 }
         };
@@ -1024,30 +1034,32 @@ struct Pass {
     }
 };
 
-// What module k runs to make its drafts: of each request the known tokens that it has not seen, and the drafts so far.
+// What the trunk or a module runs in a pass: of each request some positions; drafts are filled in as they are made.
 struct Stage {
-    std::vector<int32_t> tokens, positions, request, begin, first_draft, last, best;
+    std::vector<int32_t> tokens, positions, request, begin, drafts, picked, best;
     Batch batch{}, ends{};
 
-    Stage(const Drafting& d, int32_t deepest, int32_t k) : begin(d.requests), first_draft(d.requests) {
-        for (int32_t r = 0; r < d.requests; r++) {
-            if (d.depth[r] <= k) continue;
-            const int32_t start = d.start[r * deepest + k], length = d.length[r];
-            begin[r] = tokens.size(), first_draft[r] = begin[r] + length - start;
-            for (int32_t p = start; p < length + k; p++) {
-                tokens.push_back(p < length ? d.known[r][p - d.first[r]] : 0);
+    // `span` gives a request's first position, the one behind its last, and the first whose logits are wanted.
+    template <class F>
+    Stage(const Requests& all, int32_t first, F span) : begin(all.count), drafts(all.count) {
+        const int32_t* known = all.tokens;
+        for (int32_t r = 0; r < all.count; known += all[r].end - all[r].first, r++) {
+            const auto [from, to, wanted] = span(r);
+            begin[r] = tokens.size(), drafts[r] = begin[r] + all[r].end - from;
+            for (int32_t p = from; p < to; p++) {
+                if (p >= wanted) picked.push_back(tokens.size());
+                tokens.push_back(p < all[r].end ? known[p - all[r].first] : 0);
                 positions.push_back(p), request.push_back(r);
             }
-            last.push_back(int32_t(tokens.size()) - 1);
         }
-        best.resize(last.size());
-        batch = {tokens.data(), positions.data(), request.data(), d.full, d.window, int32_t(tokens.size()), k + 1};
-        ends.rows = last.size();
+        best.resize(picked.size());
+        batch = {tokens.data(), positions.data(), request.data(), all.full, all.window, int32_t(tokens.size()), first};
+        ends.rows = picked.size();
     }
 
-    // Take the draft of module k for request r, where it is read.
+    // Take draft k of request r, if it is read here.
     void put(int32_t r, int32_t k, int32_t token) {
-        if (first_draft[r] + k >= begin[r]) tokens[first_draft[r] + k] = token;
+        if (drafts[r] + k >= begin[r]) tokens[drafts[r] + k] = token;
     }
 };
 
@@ -1077,19 +1089,57 @@ inline void pin(int32_t threads) {
 
 extern "C" {
 
-// h (N, D) = the trunk's output before the final norm; the states that modules read are kept too. `picked` are `count`
-// rows of it whose logits are wanted as well, as `Pass::logits` gives them.
-void trunk(const Model* model, const Batch* batch, float* h, const int32_t* picked, int32_t count, float* y,
-           int32_t* best, float* logprobs) {
-    Batch ends{};
-    ends.rows = count;
-    Pass pass{*model, *batch, kept, h}, head{*model, ends, kept, h};
-    for (int i = 0; i < model->layer_count; i++) pass.prepare(model->layers[i]);
+// One pass. Module after module proposes a token behind what is known and proposed so far, for all requests together;
+// then the trunk runs over known positions and drafts. h (N, D) = its output before the final norm, y (E, V), best and
+// logprobs as `Pass::logits` gives them for what is wanted of it, drafts (requests, modules).
+void run(const Model* model, const Requests* all, float* h, float* y, int32_t* best, float* logprobs, int32_t* drafts) {
+    int32_t deepest = 0;
+    for (int32_t r = 0; r < all->count; r++) deepest = std::max(deepest, (*all)[r].drafts);
+    std::vector<Stage> stages;
+    stages.reserve(deepest + 1);
+    for (int32_t k = 0; k < deepest; k++)
+        stages.emplace_back(*all, k + 1, [&](int32_t r) {
+            const Asked& asked = (*all)[r];
+            if (asked.drafts <= k) return std::tuple(0, 0, 0);
+            return std::tuple(all->start(r, k), asked.end + k, asked.end + k - 1);
+        });
+    stages.emplace_back(*all, 0, [&](int32_t r) {
+        const Asked& asked = (*all)[r];
+        const int32_t to = asked.end + asked.drafts;
+        return std::tuple(asked.start, to, asked.ready ? asked.end - 1 : to);
+    });
+    float *states = nullptr, *scores = nullptr;
+    for (int32_t k = 0; k < deepest; k++) {
+        states = grow(kept.states, stages[k].batch.rows * model->embedding.ins);
+        scores = grow(kept.logits, stages[k].ends.rows * model->head.outs);
+        grow(kept.joint, stages[k].batch.rows * 2 * model->embedding.ins);
+    }
+    std::vector<Pass> bodies, heads;
+    for (int32_t k = 0; k <= deepest; k++) {
+        float* own = k < deepest ? states : h;
+        bodies.push_back(Pass{*model, stages[k].batch, kept, own});
+        heads.push_back(Pass{*model, stages[k].ends, kept, own});
+        if (k < deepest) bodies[k].prepare(model->modules[k].layer);
+        else
+            for (int i = 0; i < model->layer_count; i++) bodies[k].prepare(model->layers[i]);
+    }
     pin(model->threads);
 #pragma omp parallel num_threads(model->threads)
     {
-        pass.trunk();
-        if (count) head.logits(-1, y, best, logprobs, picked);
+        for (int32_t k = 0; k < deepest; k++) {
+            bodies[k].module(k);
+            heads[k].logits(k, scores, stages[k].best.data(), nullptr, stages[k].picked.data());
+            const Share mine = Share::of(heads[k].rows);  // those that this thread has just found
+            for (int64_t i = mine.from; i < mine.to; i++) {
+                const int32_t r = stages[k].request[stages[k].picked[i]], token = stages[k].best[i];
+                drafts[r * all->modules + k] = token;
+                for (int32_t later = k + 1; later < (*all)[r].drafts; later++) stages[later].put(r, k, token);
+                stages[deepest].put(r, k, token);
+            }
+            heads[k].meet();
+        }
+        bodies[deepest].trunk();
+        if (heads[deepest].rows) heads[deepest].logits(-1, y, best, logprobs, stages[deepest].picked.data());
     }
 }
 
@@ -1110,37 +1160,5 @@ void logits(const Model* model, const float* h, int32_t count, float* y, int32_t
     grow(kept.x, count * pass.D);
 #pragma omp parallel num_threads(model->threads)
     pass.logits(-1, y, best, logprobs);
-}
-
-// Let module after module propose a token behind what is known and proposed so far, for all requests together.
-void draft(const Model* model, const Drafting* d) {
-    const int32_t deepest = *std::max_element(d->depth, d->depth + d->requests);
-    std::vector<Stage> stages;
-    stages.reserve(deepest);
-    for (int32_t k = 0; k < deepest; k++) stages.emplace_back(*d, deepest, k);
-    float *h = nullptr, *y = nullptr;
-    for (Stage& stage : stages) {
-        h = grow(kept.states, stage.batch.rows * model->embedding.ins);
-        y = grow(kept.logits, stage.ends.rows * model->head.outs);
-        grow(kept.joint, stage.batch.rows * 2 * model->embedding.ins);
-    }
-    std::vector<Pass> modules, heads;
-    for (int32_t k = 0; k < deepest; k++) {
-        modules.push_back(Pass{*model, stages[k].batch, kept, h});
-        modules.back().prepare(model->modules[k].layer);
-        heads.push_back(Pass{*model, stages[k].ends, kept, h});
-    }
-#pragma omp parallel num_threads(model->threads)
-    for (int32_t k = 0; k < deepest; k++) {
-        modules[k].module(k);
-        heads[k].logits(k, y, stages[k].best.data(), nullptr, stages[k].last.data());
-        const Share mine = Share::of(heads[k].rows);  // those that this thread has just found
-        for (int64_t i = mine.from; i < mine.to; i++) {
-            const int32_t r = stages[k].request[stages[k].last[i]], token = stages[k].best[i];
-            d->drafts[r * deepest + k] = token;
-            for (int32_t later = k + 1; later < d->depth[r]; later++) stages[later].put(r, k, token);
-        }
-        heads[k].meet();
-    }
 }
 }
