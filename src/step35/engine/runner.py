@@ -57,7 +57,7 @@ class Runner:
     def run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
         """Make the drafts that are asked for, then run the trunk over all rows and over these.
 
-        Returns the trunk's output (N, D) before the final norm; and of each request whose known tokens have all run, the
+        Returns the trunk's output (N, D) before the final norm, and where all known tokens of a request have run, the
         scores of the last of them and of its drafts.
         """
         few = self._compiled(rows)
