@@ -52,7 +52,10 @@ def test_the_models_context_is_shown_and_sigterm_ends(arguments: tuple[str, ...]
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [((), ("none", True)), (("--quantization", "int8", "--no-adaptive-depth"), ("int8", False))],
+    [
+        ((), ("none", True, None)),
+        (("--quantization", "int8", "--no-adaptive-depth", "--draft-vocabulary", "9"), ("int8", False, 9)),
+    ],
 )
 def test_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], expected: Any) -> None:
     given: dict[str, Any] = {}
@@ -64,7 +67,7 @@ def test_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, flags: tuple
     monkeypatch.setattr(async_llm, "AsyncLLM", load)
     monkeypatch.setattr(serve, "serve", lambda args, llm: 0)
     assert cli.main(["serve", *flags]) == 0
-    assert (given["quantization"], given["adaptive_depth"]) == expected
+    assert (given["quantization"], given["adaptive_depth"], given["draft_vocabulary"]) == expected
 
 
 @pytest.mark.parametrize(("flags", "expected"), [((), "from outside"), (("--api-key", "given"), "given")])

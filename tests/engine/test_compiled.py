@@ -278,7 +278,7 @@ def test_models_that_do_not_fit_run_in_torch(tiny: Step35) -> None:
     made = engine(copy.deepcopy(tiny), compiled=False)
     assert program.fits(made.model, made.cache)
     assert not program.fits(made.model.to(torch.float16), made.cache)
-    assert Program.create(made.model, made.cache) is None
+    assert Program.create(made.model, made.cache, made.model.config.vocab_size) is None
 
 
 @torch.inference_mode()

@@ -80,9 +80,9 @@ def say(
     def say(ids: list[int], params: SamplingParams) -> list[str]:
         def run(requests: list[Request]) -> Iterator[News]:
             for token in ids:
-                going = requests[0].append(token, 0.0, 0.0, 0)
+                requests[0].extend([token], [0.0], [0.0], version=0)
                 yield [(requests[0], [token])]
-                if not going:
+                if requests[0].finish_reason is not None:
                     return
 
         monkeypatch.setattr(llm.engine, "run", run)

@@ -19,6 +19,7 @@ from step35.engine.request import Request
 from step35.engine.runner import Runner
 from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
+from step35.errors import ConfigError
 from step35.model.context import Context
 from step35.model.step35 import Step35
 
@@ -169,6 +170,37 @@ def test_drafts_are_counted_by_depth(models: list[Step35], monkeypatch: pytest.M
     assert drafted[0] > accepted[0] > 0
     assert sum(map(len, passes)) == 40
     assert len(passes) < 40  # or speculation would save nothing
+
+
+def test_drafts_are_chosen_within_the_draft_vocabulary(models: list[Step35], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the likeliest of its tokens, and what is generated stays the same."""
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, speculate=3)
+    run, within = Runner.run, 0
+
+    def checked(self: Runner, planned: list[Rows]) -> tuple[torch.Tensor, Scores]:
+        nonlocal within
+        result = run(self, planned)
+        for request in [rows.request for rows in planned if rows.depth]:
+            with torch.inference_mode():
+                _, states = teacher_forced(self.model, request.tokens, 1)
+                logits_V = self.model.mtp[0].logits(states[0][-1])
+            assert request.drafts[0] == int(logits_V[:10].argmax())
+            assert max(request.drafts) < 10
+            within += int(logits_V.argmax()) < 10
+        return result
+
+    [expected] = Engine(models[1], EOS).generate(Engine(models[1], EOS).create([PROMPTS[1]], params))
+    monkeypatch.setattr(Runner, "run", checked)
+    engine = Engine(models[1], EOS, draft_vocabulary=10)
+    [completion] = engine.generate(engine.create([PROMPTS[1]], params))
+    assert completion.token_ids == expected.token_ids
+    assert 0 < within < engine.counters["passes"] - 1  # it mattered
+
+
+@pytest.mark.parametrize("number", [0, 10**6])
+def test_an_impossible_draft_vocabulary_is_refused(models: list[Step35], number: int) -> None:
+    with pytest.raises(ConfigError, match=f"draft_vocabulary={number} is not allowed; give a number"):
+        Engine(models[0], EOS, draft_vocabulary=number)
 
 
 def test_plain_decoding_counts_no_drafts(models: list[Step35]) -> None:

@@ -43,6 +43,9 @@ class Decoding(Config):
     """Seed of the sampling; without one, each call differs above temperature 0."""
     speculate: int | None = Field(default=None, ge=0)
     """MTP drafts a step; by default as many as the model has modules. The text is the same with any number."""
+    draft_vocabulary: int | None = Field(default=None, ge=1)
+    """Choose drafts among the first so many token ids, the commonest of a byte-pair vocabulary; by default among all.
+    Drafting reads less then, and the text stays the same."""
     max_context: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and answer together, which the cache is made for: by default 4096, or the model's limit."""
     dtype: str = "float32"
@@ -56,7 +59,12 @@ class Decoding(Config):
         from step35.engine.llm import LLM
 
         return LLM(
-            self.path, dtype=self.dtype, quantization=self.quantization, max_batch=1, max_context=self.max_context
+            self.path,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            max_batch=1,
+            max_context=self.max_context,
+            draft_vocabulary=self.draft_vocabulary,
         )
 
     def params(self, llm: LLM, **more: Any) -> SamplingParams:

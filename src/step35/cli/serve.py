@@ -94,6 +94,7 @@ def serve_here(args: Args) -> int:
         max_batch=args.max_concurrent,
         max_context=args.max_context,
         adaptive_depth=args.adaptive_depth,
+        draft_vocabulary=args.draft_vocabulary,
     )
     try:
         return serve(args, llm)

@@ -47,7 +47,9 @@ class Engine:
 
     `cache_tokens` is the number of tokens whose keys and values full layers keep, for all requests together and for
     prefixes that may come again. `max_pass_tokens` bounds the rows of a pass: long prompts are read in chunks while
-    others decode. `adaptive_depth` drafts no deeper than acceptance and times so far make worth while.
+    others decode. `adaptive_depth` drafts no deeper than acceptance and times so far make worth while. With
+    `draft_vocabulary` N, drafts are chosen among the first N token ids, which saves reading the rest of the modules'
+    heads: byte-pair vocabularies list tokens in the order of their merging, the common ones first.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         cache_tokens: int | None = None,
         max_pass_tokens: int = 512,
         adaptive_depth: bool = False,
+        draft_vocabulary: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.eos_ids = tuple(eos_ids)
@@ -71,7 +74,7 @@ class Engine:
         dtype = model.compute_dtype or weight.dtype
         full, window = _block_counts(model, max_batch, self.max_context, cache_tokens, max_pass_tokens)
         self.cache = PagedCache(model.config, full_blocks=full, window_blocks=window, dtype=dtype, device=weight.device)
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, _draft_vocabulary(model, draft_vocabulary))
         self.scheduler = Scheduler(self.cache, max_batch=max_batch, max_pass_tokens=max_pass_tokens)
         self.depths = DepthControl(len(model.mtp)) if adaptive_depth else None
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.config.vocab_size)
@@ -258,30 +261,30 @@ class Engine:
 
     def _take(self, request: Request, chosen: list[int], logprobs: list[float], raw: list[float]) -> int:
         """Append the first token and one more for every draft that was right; return how many; count the drafts."""
-        drafts, known = request.drafts, request.length
-        right = 0
-        for place in range(len(drafts) + 1):
-            if not request.append(chosen[place], logprobs[place], raw[place], self.version) or place == len(drafts):
-                break
-            request.drafted[place] += 1
-            if drafts[place] != chosen[place]:
-                break
-            request.accepted[place] += 1
+        drafts, known, right = request.drafts, request.length, 0
+        while right < len(drafts) and drafts[right] == chosen[right]:
             right += 1
+        kept = request.extend(chosen[: right + 1], logprobs, raw, self.version)
         if drafts:
+            right = min(right, kept - (request.finish_reason is not None))
             self._count_drafts(request, right)
             for k in range(len(drafts)):
                 request.module_done[k] = known + min(k, right)
             request.computed = request.length - 1
-        request.drafts = []
-        return request.length - known
+            request.drafts = []
+        return kept
 
     def _count_drafts(self, request: Request, right: int) -> None:
-        for k in range(len(request.drafts)):
-            self.counters[f"drafted_{k + 1}"] += k <= right
-            self.counters[f"accepted_{k + 1}"] += k < right
+        """Count drafts at each depth as offered and as accepted; a token that ends the request judges none."""
+        offered = right if request.finish_reason is not None else min(right + 1, len(request.drafts))
+        for k in range(offered):
+            request.drafted[k] += 1
+            self.counters[f"drafted_{k + 1}"] += 1
+        for k in range(right):
+            request.accepted[k] += 1
+            self.counters[f"accepted_{k + 1}"] += 1
         if self.depths is not None:
-            self.depths.observe(len(request.drafts), right)
+            self.depths.observe(offered, right)
 
     def _report_top(self, request: Request, choice: Choice, first: int, kept: int) -> None:
         if request.params.top_logprobs:
@@ -343,6 +346,14 @@ class Engine:
         for request in self.scheduler.waiting:
             if not request.generated_count:
                 request.rekey(self._salt(request))
+
+
+def _draft_vocabulary(model: Step35, given: int | None) -> int:
+    """Return how many tokens drafts are chosen among; raise `ConfigError` for a number that cannot be."""
+    vocabulary = model.config.vocab_size
+    if given is not None and not 1 <= given <= vocabulary:
+        raise ConfigError(f"draft_vocabulary={given} is not allowed; give a number of tokens from 1 to {vocabulary}.")
+    return given or vocabulary
 
 
 def _block_counts(

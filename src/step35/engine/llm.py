@@ -30,7 +30,7 @@ class LLM:
     """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory.
 
     `quantization="int8"` rounds the matrices of the model, in place, to 8 bits: see `engine/int8.py`.
-    `options` go to `Engine`: `cache_tokens`, `max_pass_tokens`, `adaptive_depth`.
+    `options` go to `Engine`: `cache_tokens`, `max_pass_tokens`, `adaptive_depth`, `draft_vocabulary`.
     """
 
     def __init__(

@@ -127,21 +127,25 @@ class Request:
         """Return the random number of the token `ahead` places after the next one."""
         return self.uniforms[min(self.generated_count + ahead, self.limit - 1)]
 
-    def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> bool:
-        """Take one token; return whether the request goes on."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.raw_logprobs.append(raw_logprob)
-        self.versions.append(version)
-        if self.constraint is not None:
-            self.constraint.advance(token)
-        if token in self.end_ids or (self.text is not None and self.text.push(token)):
-            self.finish_reason = "stop"
-        elif self.generated_count >= self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason and self.text is not None:
+    def extend(self, tokens: list[int], logprobs: list[float], raw_logprobs: list[float], version: int) -> int:
+        """Take tokens up to the one that ends the request, if any does; return how many."""
+        count, left = 0, self.limit - self.generated_count
+        while count < len(tokens) and self.finish_reason is None:
+            token = tokens[count]
+            count += 1
+            self.tokens.append(token)
+            if self.constraint is not None:
+                self.constraint.advance(token)
+            if token in self.end_ids or (self.text is not None and self.text.push(token)):
+                self.finish_reason = "stop"
+            elif count == left:
+                self.finish_reason = "length"
+        self.logprobs += logprobs[:count]
+        self.raw_logprobs += raw_logprobs[:count]
+        self.versions += [version] * count
+        if self.finish_reason is not None and self.text is not None:
             self.text.flush()
-        return self.finish_reason is None
+        return count
 
     def key(self, block: int) -> bytes:
         """Return what names the content of the request's block number `block`, whose tokens are known."""

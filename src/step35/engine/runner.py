@@ -44,15 +44,18 @@ class Runner:
     graphs_on = ("cuda",)
     """Types of device on which passes that decode run as graphs."""
 
-    def __init__(self, model: Step35, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
-        self.program = Program.create(model, cache)
+    def __init__(self, model: Step35, cache: PagedCache, draft_vocabulary: int) -> None:
+        self.model, self.cache, self.draft_vocabulary = model, cache, draft_vocabulary
+        self.program = Program.create(model, cache, draft_vocabulary)
         self.few_rows = min(FEW_ROWS, max(MOST_ROWS, FEW_PRODUCTS // active_parameters(model.config)))
         self.graphs = Graphs(cache) if cache.device.type in self.graphs_on else None
 
     def in_order(self, rows: Iterable[Rows]) -> list[Rows]:
         """Return rows as passes want them: what runs compiled first, then requests with equally many together."""
-        return sorted(rows, key=lambda r: (not self._few(r), r.count + r.depth))
+        ordered = list(rows)
+        if len(ordered) > 1:
+            ordered.sort(key=lambda r: (not self._few(r), r.count + r.depth))
+        return ordered
 
     def run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
         """Make the drafts that are asked for, then run the trunk over all rows and over these.
@@ -107,7 +110,8 @@ class Runner:
             rows = self.in_order(rows)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
             ends_ND = self.module(k, rows)[last].to(self.cache.dtype)
-            for r, token in zip(rows, self.model.mtp[k].logits(ends_ND).argmax(-1).tolist(), strict=True):
+            logits_NV = self.model.mtp[k].logits(ends_ND)[:, : self.draft_vocabulary]
+            for r, token in zip(rows, logits_NV.argmax(-1).tolist(), strict=True):
                 r.request.drafts.append(token)
 
     def _pass(self, name: str, work: Work, rows: Sequence[Rows], first: int) -> Tensor:

@@ -28,6 +28,7 @@ NO_EQUAL = {
     "effort_low_tokens": "send thinking_token_budget with the request",
     "effort_medium_tokens": "send thinking_token_budget with the request",
     "effort_high_tokens": "send thinking_token_budget with the request",
+    "draft_vocabulary": "let vLLM draft among all tokens",
 }
 """Settings that vLLM cannot be started with, and what to do instead."""
 

@@ -69,7 +69,7 @@ class CModel(Structure):
     _fields_ = (
         *((name, CMatrix) for name in ("embedding", "norm", "head")),
         *((name, c_void_p) for name in ("layers", "modules", "ropes", "hidden")),
-        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "threads")),
+        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "threads", "draft_vocabulary")),
         ("eps", c_float),
     )
 
@@ -91,7 +91,7 @@ class CRequests(Structure):
 class Program:
     """The compiled passes of one model over one cache."""
 
-    def __init__(self, library: ctypes.CDLL, model: Step35, cache: PagedCache) -> None:
+    def __init__(self, library: ctypes.CDLL, model: Step35, cache: PagedCache, draft_vocabulary: int) -> None:
         self.library, self.model, self.cache = library, model, cache
         self.size, self.vocabulary = model.config.hidden_size, model.config.vocab_size
         self._kept: list[Any] = []  # what the structures point at
@@ -105,19 +105,19 @@ class Program:
             matrix(model.embed_tokens.weight), matrix(model.norm.weight), linear(model.lm_head),
             self._array(CLayer, layers), self._array(CModule, modules), self._array(CRope, ropes),
             self._array(c_void_p, hidden) if hidden else None,
-            len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(),
+            len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(), draft_vocabulary,
             model.config.rms_norm_eps,
         )  # fmt: skip
         self.at = byref(self.c)
         library.run.argtypes = (c_void_p,) * 7
 
     @classmethod
-    def create(cls, model: Step35, cache: PagedCache) -> Program | None:
+    def create(cls, model: Step35, cache: PagedCache, draft_vocabulary: int) -> Program | None:
         """Return the model's compiled passes; None where they do not fit it, or cannot be compiled."""
         if not fits(model, cache):
             return None
         library = load_library(SOURCE, "decoding")
-        return None if library is None else cls(library, model, cache)
+        return None if library is None else cls(library, model, cache, draft_vocabulary)
 
     def run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
         """Make the drafts that are asked for, then run the trunk over all rows and over these.

@@ -67,7 +67,7 @@ struct Model {
     Module* modules;
     Rope* ropes;
     void** hidden;  // the trunk's states, then each module's; null without modules
-    int32_t layer_count, rope_count, cache_type, threads;
+    int32_t layer_count, rope_count, cache_type, threads, draft_vocabulary;
     float eps;
 };
 
@@ -1018,10 +1018,12 @@ struct Pass {
         release_tiles();
     }
 
-    // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k. Also each row's
-    // likeliest token, the lowest of equals, and its log-probability unless `logprobs` is null.
+    // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k, which has logits
+    // of the draft vocabulary alone. Also each row's likeliest token, the lowest of equals, and its log-probability
+    // unless `logprobs` is null.
     void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked = nullptr) {
-        const Matrix& head = k < 0 ? model.head : model.modules[k].head;
+        Matrix head = k < 0 ? model.head : model.modules[k].head;
+        if (k >= 0) head.outs = model.draft_vocabulary;
         multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, start_of(model.layers[0]));
         release_tiles();
         const Share mine = Share::of(rows);
