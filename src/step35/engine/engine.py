@@ -70,6 +70,7 @@ class Engine:
         self.max_context = min(max_context or 4096, model.config.max_position_embeddings)
         self.version = 0
         self.counters: Counter[str] = Counter()
+        self.drafted, self.accepted = ([0] * len(model.mtp) for _ in range(2))
         weight = model.embed_tokens.weight
         dtype = model.compute_dtype or weight.dtype
         full, window = _block_counts(model, max_batch, self.max_context, cache_tokens, max_pass_tokens)
@@ -170,6 +171,8 @@ class Engine:
         for kind, pool in pools.items():
             gauges[f"{kind}_blocks"] = len(pool.holders)
             gauges[f"{kind}_blocks_held"] = len(pool.holders) - pool.available
+        for k in range(len(self.drafted)):
+            gauges[f"drafted_{k + 1}"], gauges[f"accepted_{k + 1}"] = self.drafted[k], self.accepted[k]
         return {**self.counters, **gauges}
 
     def _salt(self, request: Request) -> bytes:
@@ -279,10 +282,10 @@ class Engine:
         offered = right if request.finish_reason is not None else min(right + 1, len(request.drafts))
         for k in range(offered):
             request.drafted[k] += 1
-            self.counters[f"drafted_{k + 1}"] += 1
+            self.drafted[k] += 1
         for k in range(right):
             request.accepted[k] += 1
-            self.counters[f"accepted_{k + 1}"] += 1
+            self.accepted[k] += 1
         if self.depths is not None:
             self.depths.observe(offered, right)
 

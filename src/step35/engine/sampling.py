@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ class Place:
         return self.allowed is None and takes_likeliest(self.params)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """The logits (N, V) of N places, and what is needed of most: the likeliest tokens and their log-probabilities."""
 
     logits_NV: Tensor
@@ -62,8 +62,7 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The tokens chosen at N places, and their log-probabilities as processed and as the model gave them."""
 
     tokens: list[int]

@@ -111,6 +111,19 @@ inline float largest(const float* y, int64_t size) {
     return top;
 }
 
+// The place of the largest, the first of equals; looked for once it is known in which part it lies.
+inline int64_t place_of_largest(const float* y, int64_t size) {
+    constexpr int64_t PART = 16 * LANES;
+    int64_t part = 0;
+    float top = -INFINITY;
+    for (int64_t i = 0; i < size; i += PART) {
+        const float here = largest(y + i, std::min(PART, size - i));
+        if (here > top) top = here, part = i;
+    }
+    const int64_t end = std::min(part + PART, size);
+    return std::min(std::find(y + part, y + end, top) - y, end - 1);  // all may be NaN
+}
+
 inline float sum_of_exponentials(const float* y, int64_t size, float top) {
     Floats sums = {};
     int64_t i = 0;
@@ -1029,9 +1042,8 @@ struct Pass {
         const Share mine = Share::of(rows);
         for (int64_t n = mine.from; n < mine.to; n++) {
             const float* row = y + n * head.outs;
-            float top = largest(row, head.outs);
-            best[n] = std::min(std::find(row, row + head.outs, top) - row, head.outs - 1);  // all may be NaN
-            if (logprobs) logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, top));
+            best[n] = place_of_largest(row, head.outs);
+            if (logprobs) logprobs[n] = -std::log(sum_of_exponentials(row, head.outs, row[best[n]]));
         }
     }
 };
@@ -1039,11 +1051,12 @@ struct Pass {
 // What the trunk or a module runs in a pass: of each request some positions; drafts are filled in as they are made.
 struct Stage {
     std::vector<int32_t> tokens, positions, request, begin, drafts, picked, best;
-    Batch batch{}, ends{};
+    Batch batch, ends;
 
     // `span` gives a request's first position, the one behind its last, and the first whose logits are wanted.
-    template <class F>
-    Stage(const Requests& all, int32_t first, F span) : begin(all.count), drafts(all.count) {
+    template <class F> void fill(const Requests& all, int32_t first, F span) {
+        tokens.clear(), positions.clear(), request.clear(), picked.clear();
+        begin.resize(all.count), drafts.resize(all.count);
         const int32_t* known = all.tokens;
         for (int32_t r = 0; r < all.count; known += all[r].end - all[r].first, r++) {
             const auto [from, to, wanted] = span(r);
@@ -1056,7 +1069,7 @@ struct Stage {
         }
         best.resize(picked.size());
         batch = {tokens.data(), positions.data(), request.data(), all.full, all.window, int32_t(tokens.size()), first};
-        ends.rows = picked.size();
+        ends = {}, ends.rows = picked.size();
     }
 
     // Take draft k of request r, if it is read here.
@@ -1097,15 +1110,16 @@ extern "C" {
 void run(const Model* model, const Requests* all, float* h, float* y, int32_t* best, float* logprobs, int32_t* drafts) {
     int32_t deepest = 0;
     for (int32_t r = 0; r < all->count; r++) deepest = std::max(deepest, (*all)[r].drafts);
-    std::vector<Stage> stages;
-    stages.reserve(deepest + 1);
+    static thread_local std::vector<Stage> kept_stages;  // for their buffers
+    std::vector<Stage>& stages = kept_stages;            // the threads of the team have others of that name
+    if (int32_t(stages.size()) <= deepest) stages.resize(deepest + 1);
     for (int32_t k = 0; k < deepest; k++)
-        stages.emplace_back(*all, k + 1, [&](int32_t r) {
+        stages[k].fill(*all, k + 1, [&](int32_t r) {
             const Asked& asked = (*all)[r];
             if (asked.drafts <= k) return std::tuple(0, 0, 0);
             return std::tuple(all->start(r, k), asked.end + k, asked.end + k - 1);
         });
-    stages.emplace_back(*all, 0, [&](int32_t r) {
+    stages[deepest].fill(*all, 0, [&](int32_t r) {
         const Asked& asked = (*all)[r];
         const int32_t to = asked.end + asked.drafts;
         return std::tuple(asked.start, to, asked.ready ? asked.end - 1 : to);
