@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from typing import Any
 
@@ -10,7 +9,7 @@ import openai
 
 from step35.config.serve import ServeSettings
 from step35.serve.app import create_app
-from step35.serve.server import DrainingServer
+from step35.serve.server import DrainingServer, listen
 
 
 class Server:
@@ -19,12 +18,10 @@ class Server:
     def __init__(self, sampler: Any, settings: ServeSettings) -> None:
         self.sampler = sampler
         self.app = create_app(sampler, sampler.tokenizer, model_name="tiny", settings=settings)
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
+        self.listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = DrainingServer(self.app, host="127.0.0.1", port=0)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-        self.listener.listen()
         self.thread.start()
 
     def client(self, key: str = "none") -> openai.OpenAI:

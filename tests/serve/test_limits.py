@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from step35.errors import ConfigError
-from step35.serve.server import KEEP_ALIVE_S
+from step35.serve.server import KEEP_ALIVE_S, listen
 
 CHAT = {"messages": [{"role": "user", "content": "secret words"}]}
 
@@ -125,6 +126,30 @@ def test_idle_and_half_sent_requests_do_not_hold_the_drain(serve: Any, caplog: p
         assert not server.thread.is_alive()
         assert silent.recv(1) == b""
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_small_answers_are_sent_at_once(host: str) -> None:
+    """Nagle's algorithm is off on every connection: it would keep the end of an answer back for 40 ms."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+            writer.close()
+            return await found
+
+    try:
+        listener = listen(host, 0)
+    except OSError:
+        pytest.skip(f"no {host} here")
+    assert asyncio.run(accepted())
 
 
 def test_idle_connections_outlive_the_clients_own_patience() -> None:

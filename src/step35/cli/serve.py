@@ -119,18 +119,13 @@ def drafts(args: Args, llm: Any) -> int:
 
 def serve(args: Args, llm: Any) -> int:
     """Listen, say where, and answer."""
-    import socket
-
     from step35.serve.app import create_app
-    from step35.serve.server import DrainingServer, log_to_stderr
+    from step35.serve.server import DrainingServer, listen, log_to_stderr
 
     name, known = served_name(args), {"speculate": drafts(args, llm), "max_context": llm.max_context}
     app = create_app(llm, llm.tokenizer, model_name=name, settings=settings(args, **known))
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((args.host, args.port))
-        listener.listen()  # before we say where: from then on clients may come
+        listener = listen(args.host, args.port)  # before we say where: from then on clients may come
     except OSError as error:
         raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}); choose another --port.") from None
     log_to_stderr()

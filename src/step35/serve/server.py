@@ -22,6 +22,24 @@ KEEP_ALIVE_S = 75
 same moment as a client sends loses its request."""
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; raise `OSError` where it cannot.
+
+    It names its protocol, as the sockets of its connections then do: otherwise asyncio leaves them Nagle's algorithm,
+    and the second part of an answer waits 40 ms for the client's acknowledgement of the first.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 class DrainingServer(uvicorn.Server):
     """Keeps answering while it drains, /health with a 503, so that a load balancer sees it go."""
 
