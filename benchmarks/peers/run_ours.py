@@ -53,7 +53,7 @@ def on_tasks(llm: LLM, job: dict[str, Any], speeds: Speeds) -> tuple[list[list[l
     tokens_a_pass = [0.0 for _ in depths]
     for number in range(job["repeats"] + 1 if job["tasks"] else 0):
         for depth in depths:
-            fresh = LLM(model=llm.model, tokenizer=llm.tokenizer)
+            fresh = LLM(model=llm.model, tokenizer=llm.tokenizer, draft_vocabulary=job["draft_vocabulary"])
             params = SamplingParams(temperature=0, max_tokens=job["task_tokens"], speculate=depth)
             found = [run(fresh, [task], params) for task in job["tasks"]]
             answers[depth] = [tokens for _, [tokens] in found]
