@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sysconfig
 import time
 from importlib import metadata
@@ -62,7 +61,7 @@ def examine() -> dict[str, Any]:
 
     from step35.engine.compiled.program import SOURCE as DECODING
     from step35.model.compiled.library import libraries
-    from step35.runtime.compiled import load_library
+    from step35.runtime.compiled import find_compiler, load_library
     from step35.runtime.device import compute_dtype, pick_device, set_threads
 
     threads = set_threads()
@@ -81,7 +80,7 @@ def examine() -> dict[str, Any]:
         "fp32_flops": matmul_rate(torch.float32, device),
         "read_bytes_per_s": read_bandwidth(min(READ_BYTES, memory // 8)),
         "devices": devices,
-        "compiler": next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None),
+        "compiler": find_compiler(),
         "compiled_decoding": load_library(DECODING, "decoding") is not None,
         "compiled_training": libraries() is not None,
         "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),

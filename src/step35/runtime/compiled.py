@@ -41,8 +41,8 @@ def load_library(source: Path, purpose: str) -> ctypes.CDLL | None:
 
 
 def find_compiler() -> str | None:
-    """Return the C++ compiler: $CXX, g++, clang++ or c++."""
-    names = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))
+    """Return the C++ compiler: $CXX, g++ or c++; our files need GCC's vectors."""
+    names = filter(None, (os.environ.get("CXX"), "g++", "c++"))
     return next((path for path in map(shutil.which, names) if path), None)
 
 
