@@ -13,10 +13,10 @@
 #include <vector>
 
 #include <omp.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #include "vectors.h"
@@ -196,6 +196,18 @@ inline void split(const float* x, int64_t ins, bf16* parts) {
 constexpr bool PAIRS = false;
 #endif
 
+// The first cache has room for a strip that is multiplied and for the next from 48 KB on; below, the second takes it.
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+const bool ROOMY = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+#else
+constexpr bool ROOMY = false;
+#endif
+
+inline void fetch(const char* at) {
+    if (ROOMY) __builtin_prefetch(at, 0, 3);
+    else __builtin_prefetch(at, 0, 2);
+}
+
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
 // y[r][o] = x[r] . w[o], for ROWS rows and OUTS outputs; rows lie STRIP apart in y. With AHEAD, what lies at `ahead` is
@@ -212,7 +224,7 @@ inline void tile(X x, const T* w, int64_t ins, float* y, const char* ahead) {
         decltype(x.part(0, d)) parts[ROWS];
         unrolled<ROWS>([&](auto r) INLINED { parts[r] = x.part(r, d); });
         if (AHEAD)
-            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + OUTS * d * sizeof(T) + i * LINE, 0, 3);
+            for (int i = 0; i < LINES; i++) fetch(ahead + OUTS * d * sizeof(T) + i * LINE);
         unrolled<OUTS>([&](auto o) INLINED {
             auto unit = X::unit(w + o * ins + d);
             unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit); });
@@ -726,8 +738,8 @@ struct Pass {
                 for (int64_t i = 0; i < BLOCK; i++) {
                     const int64_t place = (table[block] * BLOCK + i) * stride + kv * C;
                     for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
-                        __builtin_prefetch(keys + place + c, 0, 3);
-                        __builtin_prefetch(values + place + c, 0, 3);
+                        __builtin_prefetch(keys + place + c, 0, 2);
+                        __builtin_prefetch(values + place + c, 0, 2);
                     }
                 }
         };
