@@ -24,6 +24,7 @@ from step35.engine.int8 import quantise
 from step35.engine.request import Request
 from step35.engine.runner import Runner
 from step35.engine.scheduler import Rows
+from step35.engine.speculative import DepthControl
 from step35.model.init import initialise
 from step35.model.step35 import Step35
 from step35.runtime import compiled as library
@@ -180,6 +181,24 @@ def test_speculation_changes_no_bit_in_bfloat16(tiny: Step35, quantised: bool) -
         outputs.append(made.generate(made.create(PROMPTS, params)))
     for others in outputs[1:]:
         assert [(c.token_ids, c.raw_logprobs) for c in others] == [(c.token_ids, c.raw_logprobs) for c in outputs[0]]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_modules_that_lag_leave_the_trunk_compiled(tiny: Step35, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """With adaptive depth, modules that are left out fall behind by more rows than run compiled at a time."""
+    monkeypatch.setattr(runner, "FEW_ROWS", 8)
+    monkeypatch.setattr(DepthControl, "choose", lambda self, requests, most: min(depth, most))
+    outputs = []
+    for speculate in (0, 3):
+        made = Engine(tiny, (), max_batch=8, max_context=256, adaptive_depth=True)
+        params = SamplingParams(max_tokens=100, temperature=0.0, speculate=speculate)
+        requests = made.create(PROMPTS[2:], params)
+        with monkeypatch.context() as patched:
+            for pass_number, _ in enumerate(made.run(requests)):
+                if not pass_number:  # the prompt has run, in torch
+                    patched.setattr(Runner, "_run", None)
+        outputs.append([(c.token_ids, c.raw_logprobs) for c in (r.completion() for r in requests)])
+    assert outputs[0] == outputs[1]
 
 
 def test_int8_drafts_in_torch_are_those_of_the_compiled_passes(tiny: Step35) -> None:

@@ -104,6 +104,28 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return computed
 
 
+def test_a_request_that_was_ended_from_outside_brings_one_token_more(model: Step35) -> None:
+    """As when the event loop of its reader has been closed: the engine learns of it in the next pass."""
+    engine = Engine(model, EOS)
+    [request] = engine.create([PROMPTS[2]], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+    engine.add(request)
+    engine.step()
+    request.finish_reason = "cancelled"
+    [(_, new)] = engine.step()
+    assert new == request.generated[1:]
+    assert len(new) == 1
+    assert not engine.scheduler.running
+
+
+def test_prompts_to_score_do_not_wait_for_each_other(model: Step35) -> None:
+    """They compute their prefix themselves in any case."""
+    engine = Engine(model, EOS)
+    prompts = [[*PROMPTS[2] * 3, tail] for tail in range(4, 8)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    engine.generate(engine.create(prompts, params))
+    assert engine.counters["passes"] == 1
+
+
 def test_more_prompts_than_max_batch_wait_for_a_place(model: Step35) -> None:
     params = SamplingParams(max_tokens=6, temperature=0.0)
     engine = Engine(model, EOS, max_batch=2)

@@ -145,6 +145,7 @@ def test_a_stop_text_that_never_comes_changes_nothing(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"prompt_logprobs": True}, "prompt_logprobs=True is not allowed; give an integer"),
         ({"min_p": 1.5}, r"min_p=1.5 is not allowed; give a number in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"stop": ("",)}, "texts that are not empty"),

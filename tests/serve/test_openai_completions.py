@@ -83,8 +83,14 @@ def test_echo_puts_the_prompt_in_front(serve: Any, tokenizer: Any) -> None:
     chunks = list(client.completions.create(model="tiny", prompt="abc def", echo=True, stream=True, n=2))
     for index in (0, 1):
         assert "".join(c.choices[0].text for c in chunks if c.choices[0].index == index) == "abc defone two"
+    assert client.completions.create(model="tiny", prompt=ids, echo=None).choices[0].text == "one two"
     with pytest.raises(openai.BadRequestError, match="leave out stream"):
         client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=0, stream=True)
+    several = client.completions.create(model="tiny", prompt=["abc", "d e"], echo=True, logprobs=0, n=2).choices
+    assert [choice.text for choice in several] == ["abcone two"] * 2 + ["d eone two"] * 2
+    assert [choice.logprobs.tokens[0] for choice in several] == [
+        tokenizer.decode(tokenizer.encode(text)[:1]) for text in ("abc", "abc", "d e", "d e")
+    ]
 
 
 def ids_end(tokenizer: Any) -> int:

@@ -80,7 +80,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1] (0 keeps all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "a number above 0 (1 is none)"),
             ("top_logprobs", self.top_logprobs >= 0, "an integer of at least 0"),
-            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "an integer of at least 0, or None"),
+            ("prompt_logprobs", _is_count(self.prompt_logprobs), "an integer of at least 0, or None"),
             ("logprobs_of", self.logprobs_of in ("raw", "processed"), "'raw' or 'processed'"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("thinking_budget", (self.thinking_budget or 0) >= 0, "an integer of at least 0, or None"),
@@ -89,3 +89,8 @@ class SamplingParams:
         ):
             if not ok:
                 raise ValueError(f"SamplingParams.{name}={getattr(self, name)} is not allowed; give {allowed}.")
+
+
+def _is_count(value: int | None) -> bool:
+    """Return whether a number of tokens is None or at least 0; True and False are no numbers."""
+    return value is None or (not isinstance(value, bool) and value >= 0)

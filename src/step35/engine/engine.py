@@ -48,8 +48,8 @@ class Engine:
     `cache_tokens` is the number of tokens whose keys and values full layers keep, for all requests together and for
     prefixes that may come again. `max_pass_tokens` bounds the rows of a pass: long prompts are read in chunks while
     others decode. `adaptive_depth` drafts no deeper than acceptance and times so far make worth while. With
-    `draft_vocabulary` N, drafts are chosen among the first N token ids, which saves reading the rest of the modules'
-    heads: byte-pair vocabularies list tokens in the order of their merging, the common ones first.
+    `draft_vocabulary` N, drafts are chosen among the first N token ids, and the compiled passes do not read the rest of
+    the modules' heads: byte-pair vocabularies list tokens in the order of their merging, the common ones first.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Engine:
         ready = [rows.request for rows in planned if rows.end == rows.request.length]
         self._read(planned, h_ND)
         news = self._accept(ready, scores) if ready else []
-        self._catch_up([rows for rows in planned if rows.request.finish_reason is None])
+        self._catch_up(planned)
         for rows in planned:
             self._settle(rows.request)
         if self.depths is not None and decode_only:
@@ -293,8 +293,7 @@ class Engine:
         if request.params.top_logprobs:
             source_NV = choice.raw_NV if request.params.logprobs_of == "raw" else choice.logprobs_NV
             assert source_NV is not None  # such a request is not `greedy`
-            for n in range(first, first + kept):
-                request.top_logprobs.append(most_likely(source_NV[n], request.params.top_logprobs))
+            request.top_logprobs += most_likely(source_NV[first : first + kept], request.params.top_logprobs)
 
     def _score_prompt(self, request: Request, rows: Rows, h_TD: Tensor) -> None:
         """Note the log-probabilities of the prompt tokens that these rows predict, and the likeliest tokens there."""
@@ -306,17 +305,16 @@ class Engine:
             targets_T = torch.tensor(targets, device=h_TD.device)
             request.prompt_logprobs += logprobs_TV.gather(1, targets_T[:, None])[:, 0].tolist()
             if count := request.params.prompt_logprobs:
-                request.prompt_top_logprobs += [most_likely(logprobs_V, count) for logprobs_V in logprobs_TV]
+                request.prompt_top_logprobs += most_likely(logprobs_TV, count)
 
     def _catch_up(self, planned: list[Rows]) -> None:
         """Run the modules over prompt rows as soon as the trunk has: behind the window its states are given back.
 
         What adaptive depth has left out is made up for from time to time, for the same reason.
         """
-        late = [r.request for r in planned if r.request.reading or r.request.behind > MOST_BEHIND]
-        if not late:
-            return
-        for k in range(len(self.model.mtp)):
+        going = [r.request for r in planned if r.request.finish_reason is None]
+        late = [request for request in going if request.reading or request.behind > MOST_BEHIND]
+        for k in range(len(self.model.mtp) if late else 0):
             rows = [Rows(r, r.module_done[k], r.computed - r.module_done[k]) for r in late if k < len(r.module_done)]
             rows = self.runner.in_order(r for r in rows if r.count > 0)
             if rows:
@@ -356,7 +354,7 @@ def _draft_vocabulary(model: Step35, given: int | None) -> int:
     vocabulary = model.config.vocab_size
     if given is not None and not 1 <= given <= vocabulary:
         raise ConfigError(f"draft_vocabulary={given} is not allowed; give a number of tokens from 1 to {vocabulary}.")
-    return given or vocabulary
+    return vocabulary if given is None else given
 
 
 def _block_counts(

@@ -130,8 +130,7 @@ class Request:
     def extend(self, tokens: list[int], logprobs: list[float], raw_logprobs: list[float], version: int) -> int:
         """Take tokens up to the one that ends the request, if any does; return how many."""
         count, left = 0, self.limit - self.generated_count
-        while count < len(tokens) and self.finish_reason is None:
-            token = tokens[count]
+        for token in tokens:
             count += 1
             self.tokens.append(token)
             if self.constraint is not None:
@@ -140,6 +139,8 @@ class Request:
                 self.finish_reason = "stop"
             elif count == left:
                 self.finish_reason = "length"
+            if self.finish_reason is not None:
+                break
         self.logprobs += logprobs[:count]
         self.raw_logprobs += raw_logprobs[:count]
         self.versions += [version] * count

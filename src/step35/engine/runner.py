@@ -20,7 +20,6 @@ from step35.engine.compiled.program import Program
 from step35.engine.graphs import MOST_ROWS, Graphs, Work
 from step35.engine.kv_cache import PagedCache
 from step35.engine.paged_context import PagedContext
-from step35.engine.request import Request
 from step35.engine.sampling import Scores
 from step35.engine.scheduler import Rows
 from step35.model.step35 import Step35
@@ -89,7 +88,7 @@ class Runner:
 
     def _run(self, rows: Sequence[Rows]) -> tuple[Tensor, Scores]:
         """Do what `run` does, in torch."""
-        self._draft([r.request for r in rows if r.depth])
+        self._draft([r for r in rows if r.depth])
         h_ND = self._pass("trunk", self._trunk, [Rows(r.request, r.start, r.count + r.depth) for r in rows], 0)
         picked, done = list[int](), 0
         for r in rows:
@@ -100,14 +99,16 @@ class Runner:
             return h_ND, Scores(torch.empty(0, self.model.config.vocab_size, device=h_ND.device), [], [])
         return h_ND, self.logits(h_ND if len(picked) == len(h_ND) else h_ND[picked])
 
-    def _draft(self, requests: Sequence[Request]) -> None:
-        """Let module after module propose a token behind what is known and proposed so far, up to `Request.depth`.
+    def _draft(self, planned: Sequence[Rows]) -> None:
+        """Let module after module propose a token behind what is known and proposed so far, up to `Rows.depth`.
 
         Each first catches up on the slots whose tokens were not known, or wrongly guessed, when it last ran.
         """
-        for k in range(max((r.depth for r in requests), default=0)):
-            rows = [Rows(r, r.module_done[k], r.length + k - r.module_done[k]) for r in requests if r.depth > k]
-            rows = self.in_order(rows)
+        for r in planned:
+            r.request.drafts = []
+        for k in range(max((r.depth for r in planned), default=0)):
+            starts = [(r.request, r.request.module_done[k]) for r in planned if r.depth > k]
+            rows = self.in_order(Rows(request, start, request.length + k - start) for request, start in starts)
             last = [end - 1 for end in accumulate(r.count for r in rows)]
             ends_ND = self.module(k, rows)[last].to(self.cache.dtype)
             logits_NV = self.model.mtp[k].logits(ends_ND)[:, : self.draft_vocabulary]
@@ -129,8 +130,7 @@ class Runner:
         return 0 if self.program is None else sum(map(self._few, rows))
 
     def _few(self, rows: Rows) -> bool:
-        most = self.few_rows if rows.end <= FAR else min(self.few_rows, MOST_ROWS)
-        return rows.count <= most and (not rows.depth or rows.request.behind <= most)
+        return rows.count <= (self.few_rows if rows.end <= FAR else min(self.few_rows, MOST_ROWS))
 
     def _trunk(self, ids_1N: Tensor, context: PagedContext) -> Tensor:
         h_ND = self.model.trunk(ids_1N, context)[0]

@@ -137,10 +137,11 @@ def _shift(logits_V: Tensor, place: Place) -> None:
         logits_V[token] += bias
 
 
-def most_likely(logprobs_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """Return the `count` likeliest tokens and their log-probabilities, the likeliest first."""
-    values, tokens = logprobs_V.topk(min(count, len(logprobs_V)))
-    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+def most_likely(logprobs_NV: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """Return at each place the `count` likeliest tokens and their log-probabilities, the likeliest first."""
+    values_NK, tokens_NK = logprobs_NV.topk(min(count, logprobs_NV.shape[-1]))
+    rows = zip(tokens_NK.tolist(), values_NK.tolist(), strict=True)
+    return [tuple(zip(tokens, values, strict=True)) for tokens, values in rows]
 
 
 def choose(logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         return self.start + self.count
 
     @property
-    def last(self) -> int:
+    def reach(self) -> int:
         """The position behind the last draft."""
         return self.start + self.count + self.depth
 
@@ -53,7 +53,7 @@ class Scheduler:
         budget = self.max_pass_tokens
         for request in list(self.running):
             rows = self._rows(request, budget)
-            if budget > 0 and request in self.running and self._make_room(request, rows.last):
+            if budget > 0 and request in self.running and self._make_room(request, rows.reach):
                 planned.append(rows)
                 budget -= rows.count + rows.depth
         if self.waiting:
@@ -67,8 +67,9 @@ class Scheduler:
             request = self.waiting[0]
             self.cache.adopt_prefix(request)
             rows = self._rows(request, budget)
-            # What another request is about to compute is waited for instead of computed twice.
-            if _next_block(request) in coming or not self.cache.reserve(request, rows.last):
+            # What another request is about to compute is waited for instead of computed twice, if it can be of use.
+            waits = request.params.prompt_logprobs is None and _next_block(request) in coming
+            if waits or not self.cache.reserve(request, rows.reach):
                 self.cache.release(request)
                 break
             coming |= {_next_block(request)} - {None}
@@ -76,7 +77,7 @@ class Scheduler:
             if not request.generated_count:
                 request.cached = request.computed
             planned.append(rows)
-            budget -= rows.count
+            budget -= rows.count + rows.depth
 
     def finish(self, request: Request) -> None:
         """Forget a request that has ended, wherever it stands, and free its blocks."""

@@ -178,7 +178,7 @@ class CompletionRequest(SamplingRequest):
     max_tokens: int = Field(default=16, ge=0)
     """0 only together with `echo`: the prompt is read, and nothing is generated."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
+    echo: bool | None = False
     """Put the prompt in front of the text, and its tokens in front of those of `logprobs`."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     """The prompt's own tokens, and so many of the likeliest at each place; in vLLM's form."""

@@ -134,7 +134,7 @@ class Program:
             count += known + depth
             ends += 1 + depth if ready else 0
         tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
-        table = tables.buffer_info()[0]
+        table = _at(tables)
         requests = CRequests(_at(asked), _at(tokens), table, table + 8 * len(rows), len(rows), modules)
         h_ND, y_NV = torch.empty(count, self.size), torch.empty(ends, self.vocabulary)
         best, logprobs = array("i", bytes(4 * ends)), array("f", bytes(4 * ends))
@@ -247,7 +247,7 @@ def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
         owners += [n] * r.count
     ids = array("i", [*tokens, *positions, *owners])
     tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
-    at, table = ids.buffer_info()[0], tables.buffer_info()[0]
+    at, table = _at(ids), _at(tables)
     c = CBatch(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
     c.kept = ids, tables  # alive as long as what points at them
     return c

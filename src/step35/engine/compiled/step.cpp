@@ -121,7 +121,7 @@ inline int64_t place_of_largest(const float* y, int64_t size) {
         if (here > top) top = here, part = i;
     }
     const int64_t end = std::min(part + PART, size);
-    return std::min(std::find(y + part, y + end, top) - y, end - 1);  // all may be NaN
+    return std::min(std::find(y + part, y + end, top) - y, end - 1);  // where all are NaN, the end of the first part
 }
 
 inline float sum_of_exponentials(const float* y, int64_t size, float top) {
@@ -203,7 +203,7 @@ const bool ROOMY = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
 constexpr bool ROOMY = false;
 #endif
 
-inline void fetch(const char* at) {
+inline void prefetch(const char* at) {
     if (ROOMY) __builtin_prefetch(at, 0, 3);
     else __builtin_prefetch(at, 0, 2);
 }
@@ -224,7 +224,7 @@ inline void tile(X x, const T* w, int64_t ins, float* y, const char* ahead) {
         decltype(x.part(0, d)) parts[ROWS];
         unrolled<ROWS>([&](auto r) INLINED { parts[r] = x.part(r, d); });
         if (AHEAD)
-            for (int i = 0; i < LINES; i++) fetch(ahead + OUTS * d * sizeof(T) + i * LINE);
+            for (int i = 0; i < LINES; i++) prefetch(ahead + OUTS * d * sizeof(T) + i * LINE);
         unrolled<OUTS>([&](auto o) INLINED {
             auto unit = X::unit(w + o * ins + d);
             unrolled<ROWS>([&](auto r) INLINED { sums[r * OUTS + o] = X::add(sums[r * OUTS + o], parts[r], unit); });
@@ -550,6 +550,7 @@ struct Pass {
         const Matrix& m;
         float* y = nullptr;
         bool add = false;
+        int64_t outs = m.outs;  // that count: the first ones
     };
 
     // Products with the same x, shared out as one list of strips. `next`: what this thread reads when they are done.
@@ -575,7 +576,7 @@ struct Pass {
     // Number i of all strips of some products: their matrix and result, and the first output.
     static std::tuple<const Matrix*, float*, bool, int64_t> at(std::initializer_list<Product> list, int64_t i) {
         const Product* product = list.begin();
-        for (; i >= strips(product->m.outs); product++) i -= strips(product->m.outs);
+        for (; i >= strips(product->outs); product++) i -= strips(product->outs);
         return {&product->m, product->y, product->add, i * STRIP};
     }
 
@@ -602,7 +603,7 @@ struct Pass {
 
     static int64_t strips(std::initializer_list<Product> list) {
         int64_t all = 0;
-        for (const Product& product : list) all += strips(product.m.outs);
+        for (const Product& product : list) all += strips(product.outs);
         return all;
     }
 
@@ -1038,18 +1039,18 @@ struct Pass {
         const Module& module = model.modules[k];
         angles();
         multiply(join(k, module), {{module.joint, h}}, start_of(module.layer));
-        block(module.layer, start_of({{module.head}}));
+        block(module.layer, start_of({{module.head, nullptr, false, model.draft_vocabulary}}));
         keep(k + 1);
         release_tiles();
     }
 
     // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k, which has logits
     // of the draft vocabulary alone. Also each row's likeliest token, the lowest of equals, and its log-probability
-    // unless `logprobs` is null.
-    void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked = nullptr) {
+    // unless `logprobs` is null. `next`: what this thread reads then.
+    void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked, const char* next) {
         Matrix head = k < 0 ? model.head : model.modules[k].head;
         if (k >= 0) head.outs = model.draft_vocabulary;
-        multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, start_of(model.layers[0]));
+        multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, next);
         release_tiles();
         const Share mine = Share::of(rows);
         for (int64_t n = mine.from; n < mine.to; n++) {
@@ -1123,7 +1124,7 @@ void run(const Model* model, const Requests* all, float* h, float* y, int32_t* b
     int32_t deepest = 0;
     for (int32_t r = 0; r < all->count; r++) deepest = std::max(deepest, (*all)[r].drafts);
     static thread_local std::vector<Stage> kept_stages;  // for their buffers
-    std::vector<Stage>& stages = kept_stages;            // the threads of the team have others of that name
+    std::vector<Stage>& stages = kept_stages;            // by its own name, each thread of the team would see its own
     if (int32_t(stages.size()) <= deepest) stages.resize(deepest + 1);
     for (int32_t k = 0; k < deepest; k++)
         stages[k].fill(*all, k + 1, [&](int32_t r) {
@@ -1136,12 +1137,12 @@ void run(const Model* model, const Requests* all, float* h, float* y, int32_t* b
         const int32_t to = asked.end + asked.drafts;
         return std::tuple(asked.start, to, asked.ready ? asked.end - 1 : to);
     });
-    float *states = nullptr, *scores = nullptr;
     for (int32_t k = 0; k < deepest; k++) {
-        states = grow(kept.states, stages[k].batch.rows * model->embedding.ins);
-        scores = grow(kept.logits, stages[k].ends.rows * model->head.outs);
+        grow(kept.states, stages[k].batch.rows * model->embedding.ins);
+        grow(kept.logits, stages[k].ends.rows * model->head.outs);
         grow(kept.joint, stages[k].batch.rows * 2 * model->embedding.ins);
     }
+    float *states = kept.states.data(), *scores = kept.logits.data();
     std::vector<Pass> bodies, heads;
     for (int32_t k = 0; k <= deepest; k++) {
         float* own = k < deepest ? states : h;
@@ -1154,9 +1155,11 @@ void run(const Model* model, const Requests* all, float* h, float* y, int32_t* b
     pin(model->threads);
 #pragma omp parallel num_threads(model->threads)
     {
+        const char* trunk = bodies[deepest].start_of(model->layers[0]);
         for (int32_t k = 0; k < deepest; k++) {
+            const char* next = k + 1 < deepest ? Pass::start_of({{model->modules[k + 1].joint}}) : trunk;
             bodies[k].module(k);
-            heads[k].logits(k, scores, stages[k].best.data(), nullptr, stages[k].picked.data());
+            heads[k].logits(k, scores, stages[k].best.data(), nullptr, stages[k].picked.data(), next);
             const Share mine = Share::of(heads[k].rows);  // those that this thread has just found
             for (int64_t i = mine.from; i < mine.to; i++) {
                 const int32_t r = stages[k].request[stages[k].picked[i]], token = stages[k].best[i];
@@ -1167,7 +1170,8 @@ void run(const Model* model, const Requests* all, float* h, float* y, int32_t* b
             heads[k].meet();
         }
         bodies[deepest].trunk();
-        if (heads[deepest].rows) heads[deepest].logits(-1, y, best, logprobs, stages[deepest].picked.data());
+        if (heads[deepest].rows)
+            heads[deepest].logits(-1, y, best, logprobs, stages[deepest].picked.data(), trunk);
     }
 }
 
@@ -1187,6 +1191,6 @@ void logits(const Model* model, const float* h, int32_t count, float* y, int32_t
     Pass pass{*model, batch, kept, const_cast<float*>(h)};
     grow(kept.x, count * pass.D);
 #pragma omp parallel num_threads(model->threads)
-    pass.logits(-1, y, best, logprobs);
+    pass.logits(-1, y, best, logprobs, nullptr, pass.start_of(model->layers[0]));
 }
 }
