@@ -77,7 +77,9 @@ def test_echo_puts_the_prompt_in_front(serve: Any, tokenizer: Any) -> None:
     first, *rest = choice.logprobs.top_logprobs
     assert first is None
     assert rest[: len(ids) - 1] == [{tokenizer.decode([0]): -0.125}] * (len(ids) - 1)
-    assert rest[len(ids) - 1 :] == [{tokenizer.decode([token]): -0.5} for token in (*said, ids_end(tokenizer))]
+    assert rest[len(ids) - 1 :] == [
+        {tokenizer.decode([token]): -0.5} for token in (*said, tokenizer.id_of("<|im_end|>"))
+    ]
     for place, text in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
         assert f"{choice.text}<|im_end|>"[place:].startswith(text)
     chunks = list(client.completions.create(model="tiny", prompt="abc def", echo=True, stream=True, n=2))
@@ -91,11 +93,6 @@ def test_echo_puts_the_prompt_in_front(serve: Any, tokenizer: Any) -> None:
     assert [choice.logprobs.tokens[0] for choice in several] == [
         tokenizer.decode(tokenizer.encode(text)[:1]) for text in ("abc", "abc", "d e", "d e")
     ]
-
-
-def ids_end(tokenizer: Any) -> int:
-    """Return the id of the end token."""
-    return tokenizer.id_of("<|im_end|>")
 
 
 def test_a_prompt_is_scored_without_an_answer(serve: Any, tokenizer: Any) -> None:

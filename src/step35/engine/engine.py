@@ -314,7 +314,9 @@ class Engine:
         """
         going = [r.request for r in planned if r.request.finish_reason is None]
         late = [request for request in going if request.reading or request.behind > MOST_BEHIND]
-        for k in range(len(self.model.mtp) if late else 0):
+        if not late:
+            return
+        for k in range(len(self.model.mtp)):
             rows = [Rows(r, r.module_done[k], r.computed - r.module_done[k]) for r in late if k < len(r.module_done)]
             rows = self.runner.in_order(r for r in rows if r.count > 0)
             if rows:

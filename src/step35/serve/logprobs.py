@@ -1,6 +1,6 @@
 """Log-probabilities in the two forms of the OpenAI dialect, and of prompts in vLLM's.
 
-One entry for each generated token, end token included.
+One entry for each generated token, end token included, and where it is asked for, for each of the prompt.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def text_logprobs(
 ) -> dict[str, Any]:
     """Return the `logprobs` object of a text completion; `offset` is where its first token begins.
 
-    A log-probability of None, the first of a prompt, has no likeliest tokens either.
+    The first token of a prompt has None for a log-probability, and for its likeliest tokens.
     """
     tokens = [tokenizer.decode([token]) for token in ids]
     return {

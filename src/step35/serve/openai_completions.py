@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from step35.api.sampler import TopLogprobs
 from step35.serve.answer_schema import TextCompletion, answers
 from step35.serve.errors import ApiError
 from step35.serve.logprobs import prompt_logprobs, text_logprobs
@@ -93,23 +92,23 @@ class TextAnswer:
         yield "[DONE]"
 
     def _choice(self, index: int, reading: Reading) -> dict[str, Any]:
-        prompt, tops = reading.generation.prompt, reading.prompt_top_logprobs
-        ids, logprobs = reading.token_ids, list[float | None](reading.logprobs)
-        top_logprobs = list[TopLogprobs | None](reading.top_logprobs)
+        prompt, prompt_tops, ids = reading.generation.prompt, reading.prompt_top_logprobs, reading.token_ids
         choice: dict[str, Any] = {
             "index": index,
             "text": self._echo(index) + reading.text,
             "finish_reason": reading.finish_reason,
         }
         if self.body.echo:
-            ids, logprobs = [*prompt, *ids], [None, *reading.prompt_logprobs, *reading.logprobs]
-            top_logprobs = [None, *tops, *reading.top_logprobs] if self.body.logprobs else []
-        choice["logprobs"] = self._logprobs(ids, logprobs, top_logprobs, 0)
+            logprobs = [None, *reading.prompt_logprobs, *reading.logprobs]
+            tops = [None, *prompt_tops, *reading.top_logprobs] if self.body.logprobs else []
+            choice["logprobs"] = self._logprobs([*prompt, *ids], logprobs, tops, 0)
+        else:
+            choice["logprobs"] = self._logprobs(ids, reading.logprobs, reading.top_logprobs, 0)
         if self.body.prompt_logprobs is not None:
-            shown = [pairs[: self.body.prompt_logprobs] for pairs in tops]
+            shown = [pairs[: self.body.prompt_logprobs] for pairs in prompt_tops]
             choice["prompt_logprobs"] = prompt_logprobs(self.tokenizer, prompt, reading.prompt_logprobs, shown)
         if self.body.return_token_ids:
-            choice |= {"prompt_token_ids": list(prompt), "token_ids": reading.token_ids}
+            choice |= {"prompt_token_ids": list(prompt), "token_ids": ids}
         return choice
 
     def _delta(self, index: int, step: Step, offset: int | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Reading:
             raise ApiError("the generation was cancelled: the server is shutting down.", status=503)
         if self.generation.prompt_only:
             reason = update.finish_reason and "length"
-            update = Update((), (), (), (), "", reason, update.completion)
+            update = Update((), (), (), (), text="", finish_reason=reason, completion=update.completion)
         self.token_ids += update.token_ids
         self.logprobs += update.raw_logprobs
         self.top_logprobs += update.top_logprobs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class CModel(Structure):
     _fields_ = (
         *((name, CMatrix) for name in ("embedding", "norm", "head")),
         *((name, c_void_p) for name in ("layers", "modules", "ropes", "hidden")),
-        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "threads", "draft_vocabulary")),
+        *((name, c_int32) for name in ("layer_count", "rope_count", "cache_type", "threads")),
         ("eps", c_float),
     )
 
@@ -98,14 +98,14 @@ class Program:
         self._ropes: dict[tuple[float, ...], int] = {}
         self._frequencies: list[Tensor] = []
         layers = [self._layer(block) for block in model.layers]
-        modules = [self._module(module) for module in model.mtp]
+        modules = [self._module(module, draft_vocabulary) for module in model.mtp]
         ropes = [CRope(f.data_ptr(), len(f)) for f in self._frequencies]
         hidden = [state.data_ptr() for state in cache.hidden]
         self.c = CModel(
             matrix(model.embed_tokens.weight), matrix(model.norm.weight), linear(model.lm_head),
             self._array(CLayer, layers), self._array(CModule, modules), self._array(CRope, ropes),
             self._array(c_void_p, hidden) if hidden else None,
-            len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(), draft_vocabulary,
+            len(layers), len(ropes), CACHE_TYPES[cache.dtype], torch.get_num_threads(),
             model.config.rms_norm_eps,
         )  # fmt: skip
         self.at = byref(self.c)
@@ -133,7 +133,7 @@ class Program:
             tokens.extend(request.tokens[first:end])
             count += known + depth
             ends += 1 + depth if ready else 0
-        tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
+        tables = _tables(rows)
         table = _at(tables)
         requests = CRequests(_at(asked), _at(tokens), table, table + 8 * len(rows), len(rows), modules)
         h_ND, y_NV = torch.empty(count, self.size), torch.empty(ends, self.vocabulary)
@@ -166,10 +166,12 @@ class Program:
         self._kept.append(array)
         return ctypes.addressof(array)
 
-    def _module(self, module: MTPModule) -> CModule:
+    def _module(self, module: MTPModule, draft_vocabulary: int) -> CModule:
+        head = linear(module.head)
+        head.outs = draft_vocabulary
         return CModule(
             matrix(module.embedding_norm.weight), matrix(module.hidden_norm.weight), linear(module.joint_proj),
-            matrix(module.norm.weight), linear(module.head), self._layer(module.block),
+            matrix(module.norm.weight), head, self._layer(module.block),
         )  # fmt: skip
 
     def _layer(self, block: Any) -> CLayer:
@@ -246,7 +248,7 @@ def batch(tokens: Sequence[int], rows: Sequence[Rows], first: int) -> CBatch:
         positions += range(r.start, r.end)
         owners += [n] * r.count
     ids = array("i", [*tokens, *positions, *owners])
-    tables = array("Q", [*_tables(r.request.full for r in rows), *_tables(r.request.window for r in rows)])
+    tables = _tables(rows)
     at, table = _at(ids), _at(tables)
     c = CBatch(at, at + 4 * count, at + 8 * count, table, table + 8 * len(rows), count, first)
     c.kept = ids, tables  # alive as long as what points at them
@@ -258,6 +260,6 @@ def _at(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
 
 
-def _tables(tables: Iterable[array[int]]) -> Iterator[int]:
-    """Return where the block tables lie."""
-    return map(_at, tables)
+def _tables(rows: Sequence[Rows]) -> array[int]:
+    """Return where the requests' block tables lie: those of full layers, then those of sliding layers."""
+    return array("Q", [*(_at(r.request.full) for r in rows), *(_at(r.request.window) for r in rows)])

@@ -52,7 +52,7 @@ struct Layer {
 };
 
 struct Module {
-    Matrix embedding_norm, hidden_norm, joint, norm, head;
+    Matrix embedding_norm, hidden_norm, joint, norm, head;  // `head`: of the draft vocabulary, the first tokens
     Layer layer;
 };
 
@@ -67,7 +67,7 @@ struct Model {
     Module* modules;
     Rope* ropes;
     void** hidden;  // the trunk's states, then each module's; null without modules
-    int32_t layer_count, rope_count, cache_type, threads, draft_vocabulary;
+    int32_t layer_count, rope_count, cache_type, threads;
     float eps;
 };
 
@@ -550,7 +550,6 @@ struct Pass {
         const Matrix& m;
         float* y = nullptr;
         bool add = false;
-        int64_t outs = m.outs;  // that count: the first ones
     };
 
     // Products with the same x, shared out as one list of strips. `next`: what this thread reads when they are done.
@@ -576,7 +575,7 @@ struct Pass {
     // Number i of all strips of some products: their matrix and result, and the first output.
     static std::tuple<const Matrix*, float*, bool, int64_t> at(std::initializer_list<Product> list, int64_t i) {
         const Product* product = list.begin();
-        for (; i >= strips(product->outs); product++) i -= strips(product->outs);
+        for (; i >= strips(product->m.outs); product++) i -= strips(product->m.outs);
         return {&product->m, product->y, product->add, i * STRIP};
     }
 
@@ -603,7 +602,7 @@ struct Pass {
 
     static int64_t strips(std::initializer_list<Product> list) {
         int64_t all = 0;
-        for (const Product& product : list) all += strips(product.outs);
+        for (const Product& product : list) all += strips(product.m.outs);
         return all;
     }
 
@@ -1039,17 +1038,16 @@ struct Pass {
         const Module& module = model.modules[k];
         angles();
         multiply(join(k, module), {{module.joint, h}}, start_of(module.layer));
-        block(module.layer, start_of({{module.head, nullptr, false, model.draft_vocabulary}}));
+        block(module.layer, start_of({{module.head}}));
         keep(k + 1);
         release_tiles();
     }
 
-    // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k, which has logits
-    // of the draft vocabulary alone. Also each row's likeliest token, the lowest of equals, and its log-probability
-    // unless `logprobs` is null. `next`: what this thread reads then.
+    // y (rows, V) = logits of the rows h, or of those picked, of the trunk (k = -1) or of MTP module k. Also each row's
+    // likeliest token, the lowest of equals, and its log-probability unless `logprobs` is null. `next`: what this thread
+    // reads then.
     void logits(int k, float* y, int32_t* best, float* logprobs, const int32_t* picked, const char* next) {
-        Matrix head = k < 0 ? model.head : model.modules[k].head;
-        if (k >= 0) head.outs = model.draft_vocabulary;
+        const Matrix& head = k < 0 ? model.head : model.modules[k].head;
         multiply(normed(k < 0 ? model.norm : model.modules[k].norm, picked), {{head, y}}, next);
         release_tiles();
         const Share mine = Share::of(rows);
