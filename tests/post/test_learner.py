@@ -22,7 +22,14 @@ WIDE = MISPOConfig(token_low=1e-9, token_high=1e9, trajectory_low=1e-9, trajecto
 
 
 def settings(**changes: Any) -> RLConfig:
-    values = {"actor_batches": 2, "critic_batches": 2, "actor_warmup": 1, "critic_warmup": 1, "actor_lr": 3e-3}
+    values = {
+        "actor_batches": 2,
+        "mtp_batches": 2,
+        "critic_batches": 2,
+        "actor_warmup": 1,
+        "critic_warmup": 1,
+        "actor_lr": 3e-3,
+    }
     return RLConfig(**{**values, "critic_lr": 3e-3, "weight_decay": 0.0, **changes})
 
 
@@ -137,7 +144,7 @@ def test_nothing_accepted_moves_nothing(make_model: MakeModel) -> None:
     assert metrics["accept_both"] == 0
     assert metrics["skipped_updates"] == learner.config.actor_batches
     for name, tensor in model.state_dict().items():
-        assert torch.equal(before[name], tensor), name
+        assert torch.equal(before[name], tensor) or name.startswith("mtp."), name
 
 
 @pytest.mark.parametrize(("ratio_at", "accepted"), [("snapshot", 1.0), ("update", 0.5)])
@@ -152,14 +159,54 @@ def test_the_ratio_is_taken_before_the_epoch_or_at_each_update(
     assert metrics["accept_both"] == pytest.approx(accepted)
 
 
-def test_routers_and_mtp_modules_stay(make_model: MakeModel) -> None:
+def test_routers_stay(make_model: MakeModel) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     after = actor_after(model, long_batch(model))
     assert all(parameter.grad is None for parameter in model.parameters())
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    assert not {name for name in moved if "router" in name or name.startswith("mtp.")}
-    assert "layers.1.moe.experts.down_proj" in moved
+    assert not {name for name in moved if "router" in name}
+    assert {"layers.1.moe.experts.down_proj", "embed_tokens.weight", "mtp.0.head.weight"} <= moved
+
+
+def test_mtp_modules_learn_to_draft_what_the_policy_said(make_model: MakeModel) -> None:
+    model = make_model(mtp=3)
+    learner = RLLearner(model, settings(actor_lr=1e-12, mtp_lr=1e-2))
+    batch = long_batch(model)
+    losses = [learner.update(batch, step)["mtp_loss"] for step in range(15)]
+    assert [len(depths) for depths in losses] == [3] * 15
+    assert min(losses[0]) > 3
+    assert max(losses[-1]) < 0.5
+    with torch.no_grad():
+        drafts = model(batch.tokens_BT, mtp=True, segments_BT=batch.segments_BT).mtp_logits
+    for k, logits_BTV in enumerate(drafts):
+        said = batch.mask_BT[:, k + 2 :]
+        drafted = logits_BTV[:, : -(k + 2)].argmax(-1)[said]
+        assert (drafted == batch.tokens_BT[:, k + 2 :][said]).float().mean() > 0.95
+
+
+def test_mtp_modules_leave_no_trace_in_the_trunk(make_model: MakeModel) -> None:
+    trunks, modules = [], []
+    for mtp_lr in (0.0, 1e-2):
+        model = make_model(mtp=3)
+        learner = RLLearner(model, settings(mtp_lr=mtp_lr, weight_decay=0.1))
+        batch = long_batch(model)
+        metrics = [learner.update(batch, step) for step in range(3)]
+        assert all(("mtp_loss" in found) == (mtp_lr > 0) for found in metrics)
+        state = model.state_dict()
+        modules.append({name: tensor for name, tensor in state.items() if name.startswith("mtp.")})
+        trunks.append({name: tensor for name, tensor in state.items() if name not in modules[-1]})
+    for name, tensor in trunks[0].items():
+        assert torch.equal(tensor, trunks[1][name]), name
+    untouched = make_model(mtp=3).state_dict()
+    for name, tensor in modules[0].items():
+        assert torch.equal(tensor, untouched[name]), name
+        assert not torch.equal(tensor, modules[1][name]), name
+
+
+def test_a_model_without_mtp_modules_learns_too(make_model: MakeModel) -> None:
+    model = make_model(mtp=0)
+    assert "mtp_loss" not in RLLearner(model, settings()).update(long_batch(model), 0)
 
 
 def test_a_resumed_learner_continues_bit_for_bit(make_model: MakeModel) -> None:
@@ -172,7 +219,7 @@ def test_a_resumed_learner_continues_bit_for_bit(make_model: MakeModel) -> None:
     second = unbroken.update(batch, 1)
     assert second != first
     assert resumed.update(batch, 1) == second
-    for role in ("actor", "critic"):
+    for role in ("actor", "drafter", "critic"):
         ours, theirs = getattr(resumed, role), getattr(unbroken, role)
         assert ours.updates == theirs.updates == 4
         for name, tensor in theirs.model.state_dict().items():

@@ -77,6 +77,7 @@ def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -
     learning = [state_bytes(named, assign(model_config, named, "muon")) for named in (actor, critic)]
     sampler = 4 * sum(p.numel() for p in actor.values())
     responses = config.steps * config.prompts * config.responses
+    drafter = config.steps * config.mtp_batches if model.mtp and config.mtp_lr else 0
     figures = [
         ("parameters of the actor", f"{sum(p.numel() for p in actor.values()):,}"),
         ("parameters of the critic", f"{sum(p.numel() for p in critic.values()):,}"),
@@ -85,6 +86,7 @@ def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -
         ("responses", f"{responses:,} ({config.steps} rounds of {config.prompts} x {config.responses})"),
         ("sampled tokens, at most", f"{responses * config.max_turns * config.max_turn_tokens:,}"),
         ("actor updates", f"{config.steps * config.actor_batches:,}"),
+        ("updates of the MTP modules", f"{drafter:,}"),
         ("critic updates", f"{config.steps * config.critic_batches:,}"),
     ]
     console.table("dry run", ["figure", "value"], figures)

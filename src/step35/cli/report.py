@@ -111,8 +111,7 @@ def _loss(findings: Findings) -> str:
     for stage in findings.trained:
         records = findings.metrics[stage]
         curves = {"loss": series(records, "loss"), "val_loss": series(records, "val_loss")}
-        depths = max((len(r["mtp_loss"]) for r in records if isinstance(r.get("mtp_loss"), list)), default=0)
-        curves |= {f"mtp_loss {depth + 1}": series(records, "mtp_loss", depth) for depth in range(depths)}
+        curves |= _by_depth(records)
         names = ("unigram_loss", "bigram_loss") if stage == findings.trained[0] else ()
         levels = {name: level for name in names if isinstance(level := findings.summary.get(name), int | float)}
         drawings += _lines(f"{stage}: loss", curves, levels)
@@ -159,7 +158,10 @@ def _rl(findings: Findings) -> str:
         "kl": "KL", "truncation_rate": "truncation rate", "value_loss": "value loss",
         "response_tokens": "response tokens", "tool_errors": "tool errors", "lr": "learning rate",
     }  # fmt: skip
-    return page.charts(_each(findings, findings.reinforced, keys))
+    drawings = _each(findings, findings.reinforced, keys)
+    for stage in findings.reinforced:
+        drawings += _lines(f"{stage}: loss of the MTP modules", _by_depth(findings.metrics[stage]), {})
+    return page.charts(drawings)
 
 
 def _accuracy(findings: Findings) -> str:
@@ -231,6 +233,12 @@ def _settings(findings: Findings) -> str:
     env = page.structure(findings.env) if findings.env else ""
     folds = (page.fold(f"{name}/config.json".strip("/"), page.text(v)) for name, v in findings.settings.items())
     return env + "".join(folds)
+
+
+def _by_depth(records: list[dict[str, Any]]) -> dict[str, charts.Series]:
+    """Return the curve of each MTP module's loss."""
+    depths = max((len(r["mtp_loss"]) for r in records if isinstance(r.get("mtp_loss"), list)), default=0)
+    return {f"mtp_loss {depth + 1}": series(records, "mtp_loss", depth) for depth in range(depths)}
 
 
 def _each(findings: Findings, stages: list[str], keys: dict[str, str]) -> list[str]:

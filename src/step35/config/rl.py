@@ -44,6 +44,13 @@ class RLConfig(Config):
     """Peak rate of the policy."""
     critic_lr: float = Field(default=1e-3, gt=0)
     """Peak rate of the value model."""
+    mtp_lr: float = Field(default=2e-3, ge=0)
+    """Peak rate of the MTP modules, which learn to draft what the policy said in the round, without a gradient to
+    the trunk; 0 leaves them behind the policy."""
+    mtp_decay: float = Field(default=0.6, gt=0, le=1)
+    """The loss of depth k weighs in proportion to mtp_decay^k."""
+    mtp_batches: int = Field(default=2, ge=1)
+    """Mini-batches, of the actor's size, that the MTP modules see of a round: they need fewer than it has."""
     actor_warmup: int = Field(default=4, ge=0)
     """Actor updates over which its rate rises from 0."""
     critic_warmup: int = Field(default=12, ge=0)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from step35.model.compiled.grouped import add_product
 from step35.model.compiled.library import call, fits
+from step35.model.context import Context
+from step35.model.step35 import Step35
 
 CHUNK_ROWS = 256
 """Positions whose logits exist at once; fewer would read the head's matrix more often than its products take."""
@@ -104,6 +106,23 @@ def prediction_loss(
     mask = scored(segments_BT, is_target_BT, ahead)
     targets = F.pad(tokens_BT[:, ahead:], (0, ahead))[mask]
     return summed_cross_entropy(h_BTD[mask], weight_VD, targets)
+
+
+def mtp_losses(
+    model: Step35,
+    tokens_BT: Tensor,
+    h_BTD: Tensor,
+    context: Context,
+    segments_BT: Tensor,
+    is_target_BT: Tensor,
+    modules: int | None = None,
+) -> list[Tensor]:
+    """Return each module's summed loss from the trunk's states (before its final norm): module k predicts t+2+k."""
+    states = model.mtp_states(tokens_BT, h_BTD, context, modules)
+    return [
+        prediction_loss(module.norm(g_BTD), module.head.weight, tokens_BT, segments_BT, is_target_BT, ahead=k + 2)
+        for k, (module, g_BTD) in enumerate(zip(model.mtp, states, strict=False))
+    ]
 
 
 def mtp_weights(total: float, decay: float, modules: int) -> list[float]:

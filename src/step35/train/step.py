@@ -120,10 +120,8 @@ class Learner:
         main_loss = loss.item()
         tally.loss += main_loss
         weights = losses.mtp_weights(config.mtp_weight, config.mtp_decay, len(tally.mtp))
-        for k, g_BTD in enumerate(model.mtp_states(tokens, h_BTD, context, len(tally.mtp))):
-            module = model.mtp[k]
-            normed = module.norm(g_BTD)
-            mtp = losses.prediction_loss(normed, module.head.weight, tokens, segments, targets, ahead=k + 2)
+        drafts = losses.mtp_losses(model, tokens, h_BTD, context, segments, targets, len(tally.mtp))
+        for k, mtp in enumerate(drafts):
             loss = loss + weights[k] * mtp / totals[k + 1]
             tally.mtp[k] += mtp.item() / totals[k + 1]
         routing = without_padding(context.routing or [], segments)

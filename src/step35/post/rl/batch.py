@@ -1,4 +1,4 @@
-"""Trajectories as tensors, and the per-token quantities that actor and critic give for them."""
+"""Trajectories as tensors, and the quantities that actor, MTP modules and critic give for them."""
 
 # B responses  T tokens  D model  V vocab
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from step35.api.trajectory import Trajectory
 from step35.model.context import Context
 from step35.model.step35 import Step35
+from step35.train.loss import mtp_losses, scored
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ def token_logprobs(model: Step35, batch: TrajectoryBatch) -> tuple[Tensor, Tenso
     with torch.no_grad():
         entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
     return _placed(chosen_N, batch.mask_BT), _placed(entropy_N, batch.mask_BT)
+
+
+def draft_losses(model: Step35, batch: TrajectoryBatch) -> list[Tensor]:
+    """Return each MTP module's mean loss in nats on the tokens that the policy chose; the trunk is left out of it."""
+    context = Context.packed(batch.tokens_BT, batch.segments_BT)
+    with torch.no_grad():
+        h_BTD = model.trunk(batch.tokens_BT, context)
+    sums = mtp_losses(model, batch.tokens_BT, h_BTD, context, batch.segments_BT, batch.mask_BT)
+    counts = [scored(batch.segments_BT, batch.mask_BT, k + 2).sum().clamp(min=1) for k in range(len(sums))]
+    return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
 def state_values(critic: Step35, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:
