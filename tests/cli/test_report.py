@@ -126,8 +126,8 @@ def whole_run(path: Path) -> Path:
     for step in range(1, 6):
         rl.log(
             step, reward=step / 5, accept_tokens=0.9, accept_trajectories=0.8, entropy=1.0, grad_norm=1.0,
-            value_loss=0.2, ratio_mean=1.0, ratio_min=0.5, ratio_max=2.0, kl=0.01, truncation_rate=0.1, mtp_loss=[0.5, 0.6],
-            response_tokens=30.0, tool_errors=0, lr=1e-4,
+            value_loss=0.2, ratio_mean=1.0, ratio_min=0.5, ratio_max=2.0, kl=0.01, truncation_rate=0.1,
+            mtp_loss=[0.5, 0.6], response_tokens=30.0, tool_errors=0, lr=1e-4,
         )  # fmt: skip
     return run.path
 
@@ -147,9 +147,9 @@ def test_every_panel_is_filled(report):
     for part in (
         "train: loss", "sft: loss", "val_loss", "mtp_loss 2", "unigram_loss", "bigram_loss",
         "learning rate", "gradient norm", "expert load at step 20", "load CV", "expert output norm",
-        "expert activation RMS", "rl: reward", "entropy", "accept_trajectories", "ratio_max", "rl: loss of the MTP modules",
-        "truncation rate", "value loss", "0.53 – 0.66", "accepted drafts", "speculative_tokens_per_s",
-        "PSF", "no_licence", "cores",
+        "expert activation RMS", "rl: reward", "entropy", "accept_trajectories", "ratio_max",
+        "rl: loss of the MTP modules", "truncation rate", "value loss", "0.53 – 0.66", "accepted drafts",
+        "speculative_tokens_per_s", "PSF", "no_licence", "cores",
     ):  # fmt: skip
         assert part in shown, part
 

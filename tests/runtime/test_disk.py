@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,16 @@ def test_a_file_that_cannot_be_filled_leaves_the_old_one(tmp_path: Path) -> None
         publish(file, lambda temporary: temporary.write_text("half") / 0)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_published_file_may_be_read_like_any_other(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.unlink()
+        path.touch(0o600)
+
+    former = os.umask(0o022)
+    try:
+        publish(tmp_path / "weights", write)
+    finally:
+        os.umask(former)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o644

@@ -102,10 +102,17 @@ def fingerprint(path: Path) -> str:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, flush and rename it, so that a file under its final name is always whole."""
+    """Let `write` fill a temporary file, flush and rename it, so that a file under its final name is always whole.
+
+    Others may read it as they may any new file, whatever `write` thinks (safetensors lets nobody but the owner).
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         sync_file(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
