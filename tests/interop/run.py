@@ -214,9 +214,9 @@ def _chained(model: Step35, prompt: list[int], output: list[int]) -> tuple[int, 
             right = right and known + new < sequence.shape[1] and int(draft) == int(sequence[0, known + new])
             new += right
         drafted += room
-        new = min(new + 1, sequence.shape[1] - known)  # the trunk's own token follows, unless a draft was the end
-        accepted += new - 1
-        known += new
+        ends = known + new == sequence.shape[1]
+        accepted += new - (ends and new < room)  # a draft that ends the output counts in the last place only
+        known += new + 1  # the trunk's own token follows
     return drafted, accepted
 
 
