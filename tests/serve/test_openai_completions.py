@@ -76,7 +76,9 @@ def test_echo_puts_the_prompt_in_front(serve: Any, tokenizer: Any) -> None:
     assert "".join(choice.logprobs.tokens) == "abc defone two<|im_end|>"
     first, *rest = choice.logprobs.top_logprobs
     assert first is None
-    assert rest[: len(ids) - 1] == [{tokenizer.decode([0]): -0.125}] * (len(ids) - 1)
+    assert rest[: len(ids) - 1] == [
+        {tokenizer.decode([0]): -0.125, tokenizer.decode([token]): -0.25} for token in ids[1:]
+    ]
     assert rest[len(ids) - 1 :] == [
         {tokenizer.decode([token]): -0.5} for token in (*said, tokenizer.id_of("<|im_end|>"))
     ]
@@ -108,6 +110,8 @@ def test_a_prompt_is_scored_without_an_answer(serve: Any, tokenizer: Any) -> Non
             choice = answer.choices[0]
             assert choice.logprobs.token_logprobs == [None, *[-0.25] * (len(ids) - 1)]
             assert choice.logprobs.top_logprobs is None
+            scored = client.completions.create(**fields, logprobs=1).choices[0].logprobs
+            assert len(scored.top_logprobs) == len(scored.tokens) == len(ids)
         assert (choice.text, choice.finish_reason) == ("abc def", "length")
     with pytest.raises(openai.BadRequestError, match="set echo"):
         client.completions.create(model="tiny", prompt=ids, max_tokens=0)

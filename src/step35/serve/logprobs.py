@@ -39,13 +39,14 @@ def text_logprobs(
 ) -> dict[str, Any]:
     """Return the `logprobs` object of a text completion; `offset` is where its first token begins.
 
-    The first token of a prompt has None for a log-probability, and for its likeliest tokens.
+    The first token of a prompt has None for a log-probability, and for its likeliest tokens. Elsewhere the token itself
+    stands among these in any case, as in OpenAI's API.
     """
     tokens = [tokenizer.decode([token]) for token in ids]
     return {
         "tokens": tokens,
         "token_logprobs": [None if value is None else max(value, LOWEST) for value in logprobs],
-        "top_logprobs": [None if pairs is None else _by_text(tokenizer, pairs[:limit]) for pairs in tops] or None,
+        "top_logprobs": [_by_text(tokenizer, *at, limit) for at in zip(ids, logprobs, tops, strict=bool(tops))] or None,
         "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
     }
 
@@ -70,8 +71,15 @@ def prompt_logprobs(
     return found
 
 
-def _by_text(tokenizer: Tokenizer, pairs: TopLogprobs) -> dict[str, float]:
+def _by_text(
+    tokenizer: Tokenizer, token: int, logprob: float | None, top: TopLogprobs | None, limit: int
+) -> dict[str, float] | None:
     """Return log-probabilities by text; of tokens that look alike, parts of characters, the likeliest is shown."""
+    if top is None or logprob is None:
+        return None
+    pairs = top[:limit]
+    if all(other != token for other, _ in pairs):
+        pairs = (*pairs, (token, logprob))
     return {tokenizer.decode([token]): max(value, LOWEST) for token, value in reversed(pairs)}
 
 
