@@ -77,7 +77,7 @@ def describe_rl(model_config: ModelConfig, config: RLConfig, console: Console) -
     learning = [state_bytes(named, assign(model_config, named, "muon")) for named in (actor, critic)]
     sampler = 4 * sum(p.numel() for p in actor.values())
     responses = config.steps * config.prompts * config.responses
-    drafter = config.steps * config.mtp_batches if model.mtp and config.mtp_lr else 0
+    drafter = config.steps * min(config.mtp_batches, config.actor_batches) if model.mtp and config.mtp_lr else 0
     figures = [
         ("parameters of the actor", f"{sum(p.numel() for p in actor.values()):,}"),
         ("parameters of the critic", f"{sum(p.numel() for p in critic.values()):,}"),
