@@ -112,7 +112,8 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)
+        if temporary.stat().st_mode != mode:  # some file systems refuse any change
+            temporary.chmod(mode)
         sync_file(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
