@@ -2,11 +2,12 @@
 
 Measured at each length T: prefill (logits at all positions) and training (loss and gradients; no optimiser, no MTP) in
 tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so that T changes attention alone and not how
-many rows the other products have. The share of time spent in sliding-window attention and in all attention is found by
-leaving its scores and sums out; what remains is held against the measured peak of matrix products.
+many rows the other products have. Shares of time are taken from passes with marks at the borders of a part: the
+sliding layers' attention as a whole (projections, norms, rotation, scores and sums, gate), its scores and sums alone
+("kernel"), and those of all layers; what remains then is held against the measured peak of matrix products.
 
-At T = 512 the sliding layers of `mini` see everything, half the keys that a query has behind its window; with
-`--window 128` all lengths lie well beyond the window.
+At T = 512 a query of `mini` sees 256 keys on average and 480 at 4,096, so the kernel's own share rises between them by
+the sum alone; with `--window 128` all lengths lie well beyond the window.
 
     python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--window 128]
 
@@ -21,8 +22,11 @@ import math
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,6 +35,7 @@ from torch import Tensor
 from step35.config.cost import active_parameters
 from step35.config.model import LayerConfig
 from step35.config.presets import preset
+from step35.model.attention import Attention
 from step35.model.context import Context
 from step35.model.init import initialise
 from step35.model.step35 import Step35
@@ -41,6 +46,13 @@ from step35.runtime.machine import environment
 from step35.train.loss import summed_cross_entropy
 
 RESULTS = Path(__file__).parent / "results"
+RATIOS = (
+    "training_ratio",
+    "forward_ratio",
+    "sliding_attention_share",
+    "sliding_kernel_share",
+    "non_attention_of_peak",
+)
 
 
 def main() -> None:
@@ -107,21 +119,69 @@ def load_transformers(model: Step35) -> torch.nn.Module:
         )
 
 
-class Ablated(Context):
-    """A pass whose layers of some kinds skip attention's scores and sums: each query takes its own value."""
+class Clock:
+    """Seconds spent in parts of a pass, forward and backward.
 
-    skipped: tuple[str, ...] = ()
+    The backward pass runs operations in the reverse order of the forward pass, so a part's lie between the two marks.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def timed(self, name: str, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return the part's output, its time counted as `name`'s."""
+        return Mark.apply(self, name, 1, part(*Mark.apply(self, name, -1, *inputs)))[0]
+
+    def add(self, name: str, sign: int) -> None:
+        self.seconds[name] += sign * time.perf_counter()
+
+
+class Mark(torch.autograd.Function):
+    """The identity, which takes the time when it is passed: where a part begins, forward -1, and where it ends, 1."""
+
+    @staticmethod
+    def forward(ctx: Any, clock: Clock, name: str, sign: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.clock, ctx.name, ctx.sign = clock, name, sign
+        clock.add(name, sign)
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.clock.add(ctx.name, -ctx.sign)
+        return None, None, None, *grads
+
+
+class Timed(Context):
+    """A pass whose scores and sums are timed, by kind of layer."""
+
+    clock: Clock
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
-        if layer.kind not in self.skipped:
-            return super().attend(layer, q_BTHC, k_BTKC, v_BTKC)
-        return q_BTHC + (k_BTKC + v_BTKC).repeat_interleave(layer.heads // layer.kv_heads, dim=2)
+        return self.clock.timed(f"{layer.kind} kernel", partial(super().attend, layer), q_BTHC, k_BTKC, v_BTKC)
 
 
-def train_ours(model: Step35, tokens: Tensor, skipped: tuple[str, ...] = ()) -> None:
+def train_timed(model: Step35, tokens: Tensor, clock: Clock) -> None:
+    """Run one forward and backward pass; count its time, and that of attention, on the clock."""
+    context = Timed.packed(tokens)
+    context.clock = clock
+    modules = [layer.attention for layer in model.layers]
+    for module in modules:
+        module.forward = partial(time_attention, module, clock)
+    clock.add("pass", -1)
+    train_ours(model, tokens, context)
+    clock.add("pass", 1)
+    for module in modules:
+        del module.forward
+
+
+def time_attention(module: Attention, clock: Clock, x_BTD: Tensor, context: Context) -> Tensor:
+    """Return what the module does, timed by kind of layer."""
+    return clock.timed(module.layer.kind, lambda x: type(module).forward(module, x, context), x_BTD)
+
+
+def train_ours(model: Step35, tokens: Tensor, context: Context | None = None) -> None:
     """Run one forward and backward pass."""
-    context = Ablated.packed(tokens)
-    context.skipped = skipped
+    context = context or Context.packed(tokens)
     h_ND = model.norm(model.trunk(tokens, context))[:, :-1].flatten(0, 1)
     (summed_cross_entropy(h_ND, model.lm_head.weight, tokens[:, 1:].flatten()) / len(h_ND)).backward()
     model.zero_grad(set_to_none=True)
@@ -144,13 +204,12 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
     training, training_theirs = fastest(
         [lambda: train_ours(ours, tokens), lambda: train_theirs(theirs, tokens)], seconds
     )
-    whole, no_sliding, no_attention = fastest(
-        [
-            lambda skipped=skipped: train_ours(ours, tokens, skipped)
-            for skipped in ((), ("sliding",), ("full", "sliding"))
-        ],
-        seconds,
-    )
+    clock, passes = Clock(), 0
+    while clock.seconds["pass"] < seconds:
+        train_timed(ours, tokens, clock)
+        passes += 1
+    share = {name: spent / clock.seconds["pass"] for name, spent in clock.seconds.items()}
+    kernels = share["sliding kernel"] + share["full kernel"]
     used = active_parameters(ours.config) + ours.lm_head.weight.numel()
     return {
         "length": tokens.shape[1],
@@ -162,10 +221,11 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
         "training_tokens_per_s": size / training,
         "training_tokens_per_s_transformers": size / training_theirs,
         "training_ratio": training_theirs / training,
-        "sliding_share": 1 - no_sliding / whole,
-        "attention_share": 1 - no_attention / whole,
-        "sliding_s_per_token": (whole - no_sliding) / size,
-        "non_attention_flops": 6 * used * size / no_attention,
+        "sliding_attention_share": share["sliding"],
+        "sliding_kernel_share": share["sliding kernel"],
+        "kernel_share": kernels,
+        "sliding_kernel_s_per_token": clock.seconds["sliding kernel"] / (passes * size),
+        "non_attention_flops": 6 * used * size / (training * (1 - kernels)),
     }
 
 
@@ -192,9 +252,9 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
     ratios = {}
     for row in rows:
         length = int(row["length"])
-        for key in ("training_ratio", "forward_ratio", "sliding_share", "non_attention_of_peak"):
+        for key in RATIOS:
             ratios[f"{key}_{length}"] = round(row[key], 3)
-        ratios[f"sliding_us_per_token_{length}"] = round(row["sliding_s_per_token"] * 1e6, 1)
+        ratios[f"sliding_kernel_us_per_token_{length}"] = round(row["sliding_kernel_s_per_token"] * 1e6, 1)
     ratios["non_attention_of_bfloat16_peak"] = round(max(row["non_attention_of_bfloat16_peak"] for row in rows), 3)
     return ratios
 
@@ -209,14 +269,13 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
             f"{row[f'{what}_ratio']:.2f}x",
         )
 
-    shares = ("sliding_share", "attention_share", "non_attention_of_peak")
+    shares = ("sliding_attention_share", "sliding_kernel_share", "kernel_share", "non_attention_of_peak")
     shown = [
         (
             f"{int(r['length']):,}",
             *pair(r, "forward"),
             *pair(r, "training"),
-            f"{r['sliding_s_per_token'] * 1e6:.0f}",
-            *(f"{r[name]:.0%}" for name in shares),
+            *(f"{r[name]:.1%}" for name in shares),
         )
         for r in rows
     ]
@@ -228,9 +287,9 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
         "training tok/s",
         "theirs",
         "ratio",
-        "SWA us/token",
         "SWA",
-        "attention",
+        "its kernel",
+        "all kernels",
         "rest of peak",
     ]
     console.table("ours and transformers", heads, shown)

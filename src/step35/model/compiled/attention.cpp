@@ -76,6 +76,17 @@ struct Span {
     }
 };
 
+// The queries that see a key at rows k0 to k1, in whole blocks.
+struct Seeing {
+    int64_t since, until;
+
+    Seeing(const Shape& s, int64_t b, int64_t k0, int64_t k1) {
+        const int32_t *first = s.first + b * s.tokens, *last = s.last + b * s.tokens;
+        since = down(std::lower_bound(last, last + s.tokens, int32_t(k0)) - last, QUERIES);
+        until = up(std::upper_bound(first, first + s.tokens, int32_t(k1 - 1)) - first, QUERIES);
+    }
+};
+
 template <class U, class T>
 void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse) {
     typedef typename U::Unit Unit;
@@ -138,12 +149,11 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
                             store(sums + c * Q + j, load(sums + c * Q + j) * load(shrink + j));
                 product<U, true>(C, Q, v_head + r0 * D, C, weights, Q, sums, Q, rows / W, true);
             }
-            for (int64_t i = 0; i < count; i++) {
-                T* y = out.at<T>(b, head) + (q0 + i) * out.token_step;
-                float share = 1.0f / total[i];
-                for (int64_t c = 0; c < C; c++) narrow(sums[c * Q + i] * share, &y[c]);
+            float shares[Q];
+            for (int64_t i = 0; i < Q; i++) shares[i] = 1.0f / total[i];
+            unpack_across(sums, shares, count, C, out.at<T>(b, head) + q0 * out.token_step, out.token_step);
+            for (int64_t i = 0; i < count; i++)
                 lse[(b * s.heads + head) * s.tokens + q0 + i] = top[i] * scale + std::log2(total[i]);
-            }
         }
     }
 }
@@ -156,12 +166,19 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
     typedef typename U::Unit Unit;
     typedef typename U::Element Element;
     constexpr int64_t W = U::WIDTH, Q = QUERIES;
-    const int64_t C = s.size, D = C / W, group = s.heads / s.kv_heads, padded = up(s.tokens, Q);
-    const int64_t padded_keys = up(s.keys, KEYS);
+    const int64_t C = s.size, D = C / W, group = s.heads / s.kv_heads, padded_keys = up(s.keys, KEYS);
     const float root = 1.0f / std::sqrt(float(C)), scale = LOG2_E * root;
+    float roots[Q];
+    std::fill_n(roots, Q, root);
     const int64_t kv_units = s.batch * s.kv_heads * padded_keys * D, parts = s.batch * s.heads * padded_keys * C;
     Memory<Unit> keys(kv_units), keys_across(kv_units), values(kv_units);
     Memory<float> part_k(parts), part_v(parts);  // of each query head; summed over its group at the end
+    int64_t ring = Q;  // queries that are in work at a time: those of a window, not of the sequence
+    for (int64_t b = 0; b < s.batch; b++)
+        for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
+            const Seeing seeing(s, b, k0, std::min(k0 + KEYS, s.keys));
+            ring = std::max(ring, seeing.until - seeing.since);
+        }
 #pragma omp parallel num_threads(s.threads)
     {
 #pragma omp for schedule(dynamic)
@@ -171,45 +188,54 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             pack_channels<U>(k.at<T>(b, head), k.token_step, s.keys, padded_keys, C, keys_across + i * padded_keys * D);
             pack_rows<U>(v.at<T>(b, head), v.token_step, s.keys, padded_keys, C, values + i * padded_keys * D);
         }
-        Memory<Unit> query(padded * D), query_across(padded * D), dy(padded * D), dy_across(padded * D);
+        Memory<Unit> query(ring * D), query_across(ring * D), dy(ring * D), dy_across(ring * D);
         Memory<Unit> weights(KEYS * Q / W), slopes(KEYS * Q / W), slopes_across(KEYS * Q / W);
-        Memory<float> scores(KEYS * Q), inner(KEYS * Q), sums_q(padded * C), log_sums(padded), dots(padded);
+        Memory<float> scores(KEYS * Q), inner(KEYS * Q), sums_q(ring * C), log_sums(ring), dots(ring);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < s.batch * s.heads; item++) {
             int64_t b = item / s.heads, head = item % s.heads, kv = b * s.kv_heads + head / group;
             const Unit *k_head = keys + kv * padded_keys * D, *k_head_across = keys_across + kv * padded_keys * D;
             const Unit* v_head = values + kv * padded_keys * D;
             const T *q_rows = q.at<T>(b, head), *y_rows = out.at<T>(b, head), *dy_rows = grad.at<T>(b, head);
-            pack_rows_across<U>(q_rows, q.token_step, s.tokens, padded, C, query);
-            pack_channels<U>(q_rows, q.token_step, s.tokens, padded, C, query_across);
-            pack_rows_across<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy);
-            pack_channels<U>(dy_rows, grad.token_step, s.tokens, padded, C, dy_across);
-            std::fill_n((float*)log_sums, padded, 0.0f);
-            std::fill_n((float*)dots, padded, 0.0f);
-            std::copy_n(lse + item * s.tokens, s.tokens, (float*)log_sums);
-            for (int64_t t = 0; t < s.tokens; t++)
-                dots[t] = dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C);
-            std::fill_n((float*)sums_q, padded * C, 0.0f);
-            const int32_t *first = s.first + b * s.tokens, *last = s.last + b * s.tokens;
+            const int32_t* last = s.last + b * s.tokens;
+            int64_t packed = 0, done = 0;  // blocks of queries before these rows are packed; have their gradient written
+            auto pack = [&](int64_t q0) {
+                const int64_t at = q0 % ring, count = std::min(Q, s.tokens - q0);
+                pack_rows_across<U>(q_rows + q0 * q.token_step, q.token_step, count, Q, C, query + at * D);
+                pack_channels<U>(q_rows + q0 * q.token_step, q.token_step, count, Q, C, query_across + at * D);
+                pack_rows_across<U>(dy_rows + q0 * grad.token_step, grad.token_step, count, Q, C, dy + at * D);
+                pack_channels<U>(dy_rows + q0 * grad.token_step, grad.token_step, count, Q, C, dy_across + at * D);
+                for (int64_t i = 0; i < Q; i++) {
+                    const int64_t t = q0 + i;
+                    log_sums[at + i] = i < count ? lse[item * s.tokens + t] : 0.0f;
+                    dots[at + i] = i < count ? dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C) : 0.0f;
+                }
+                std::fill_n(sums_q + at * C, Q * C, 0.0f);
+            };
+            auto write = [&](int64_t q0) {
+                T* y = grad_q.at<T>(b, head) + q0 * grad_q.token_step;
+                unpack_across(sums_q + q0 % ring * C, roots, std::min(Q, s.tokens - q0), C, y, grad_q.token_step);
+            };
             for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
                 float* sums_k = part_k + (item * padded_keys + k0) * C;
                 float* sums_v = part_v + (item * padded_keys + k0) * C;
                 std::fill_n(sums_k, KEYS * C, 0.0f);
                 std::fill_n(sums_v, KEYS * C, 0.0f);
                 const int64_t k1 = std::min(k0 + KEYS, s.keys);
-                const int64_t until = std::upper_bound(first, first + s.tokens, int32_t(k1 - 1)) - first;
-                const int64_t since = std::lower_bound(last, last + s.tokens, int32_t(k0)) - last;
-                for (int64_t q0 = down(since, Q); q0 < until; q0 += Q) {
+                const Seeing seeing(s, b, k0, k1);
+                for (; done < seeing.since; done += Q) write(done);
+                for (; packed < seeing.until; packed += Q) pack(packed);
+                for (int64_t q0 = seeing.since; q0 < seeing.until; q0 += Q) {
                     const Span span(s, b, q0);
                     const int64_t seen = last[std::min(q0 + Q, s.tokens) - 1] + 1;
                     const int64_t r0 = std::max(k0, down(span.first[0], ROWS));
-                    const int64_t rows = up(std::min(k1, seen), ROWS) - r0;
+                    const int64_t rows = up(std::min(k1, seen), ROWS) - r0, slot = q0 % ring;
                     if (rows <= 0) continue;
-                    product<U>(rows, Q, k_head + r0 * D, D, query + q0 * D, Q, scores, Q, D, false);
-                    product<U>(rows, Q, v_head + r0 * D, D, dy + q0 * D, Q, inner, Q, D, false);
+                    product<U>(rows, Q, k_head + r0 * D, D, query + slot * D, Q, scores, Q, D, false);
+                    product<U>(rows, Q, v_head + r0 * D, D, dy + slot * D, Q, inner, Q, D, false);
                     span.hide(r0, rows, scores);
                     for (int64_t j = 0; j < Q; j += LANES) {
-                        Floats log_sum = load(log_sums + q0 + j), inner_dy = load(dots + q0 + j);
+                        Floats log_sum = load(log_sums + slot + j), inner_dy = load(dots + slot + j);
                         for (int64_t r = 0; r < rows; r += W) {
                             Floats slope[2];
                             for (int i = 0; i < W; i++) {
@@ -222,31 +248,28 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                         }
                     }
                     const int64_t at = (r0 - k0) * C;
-                    product<U>(rows, C, weights, Q / W, dy_across + q0 * D, C, sums_v + at, C, Q / W, true);
-                    product<U>(rows, C, slopes, Q / W, query_across + q0 * D, C, sums_k + at, C, Q / W, true);
-                    product<U, true>(C, Q, k_head_across + r0 * D, C, slopes_across, Q, sums_q + q0 * C, Q, rows / W,
+                    product<U>(rows, C, weights, Q / W, dy_across + slot * D, C, sums_v + at, C, Q / W, true);
+                    product<U>(rows, C, slopes, Q / W, query_across + slot * D, C, sums_k + at, C, Q / W, true);
+                    product<U, true>(C, Q, k_head_across + r0 * D, C, slopes_across, Q, sums_q + slot * C, Q, rows / W,
                                      true);
                 }
             }
-            for (int64_t t = 0; t < s.tokens; t++) {
-                T* y = grad_q.at<T>(b, head) + t * grad_q.token_step;
-                for (int64_t c = 0; c < C; c++) narrow(sums_q[down(t, Q) * C + c * Q + t % Q] * root, &y[c]);
-            }
+            for (; done < s.tokens; done += Q) write(done);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.batch * s.kv_heads * s.keys; i++) {
             int64_t t = i % s.keys, kv = i / s.keys, b = kv / s.kv_heads, head = kv % s.kv_heads;
             T* to_k = grad_k.at<T>(b, head) + t * grad_k.token_step;
             T* to_v = grad_v.at<T>(b, head) + t * grad_v.token_step;
-            for (int64_t c = 0; c < C; c++) {
-                float sum_k = 0, sum_v = 0;
+            for (int64_t c = 0; c < C; c += LANES) {
+                Floats sum_k = {}, sum_v = {};
                 for (int64_t g = 0; g < group; g++) {
                     int64_t from = ((b * s.heads + head * group + g) * padded_keys + t) * C + c;
-                    sum_k += part_k[from];
-                    sum_v += part_v[from];
+                    sum_k += load(part_k + from);
+                    sum_v += load(part_v + from);
                 }
-                narrow(sum_k * root, &to_k[c]);
-                narrow(sum_v, &to_v[c]);
+                store(to_k + c, sum_k * root);
+                store(to_v + c, sum_v);
             }
         }
     }

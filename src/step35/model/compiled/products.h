@@ -30,6 +30,7 @@ struct Single {
     static constexpr int64_t WIDTH = 1;
     template <class T> static INLINE Element element(T x) { return widen(x); }
     template <class T> static INLINE Unit unit(const T* x) { return widen(*x); }
+    template <class T> static INLINE Floats units(const T* x) { return load(x); }  // LANES of them
     static INLINE Floats add(Floats sum, Unit a, Floats b) { return sum + a * b; }
     static INLINE void put(Element* p, Floats x) { store(p, x); }
     static INLINE void put_neighbours(Unit* p, Floats x, Floats) { store(p, x); }
@@ -48,6 +49,10 @@ struct Pair {
     }
     template <class T> static INLINE Unit unit(const T* x) {
         return uint32_t(element(x[0])) | uint32_t(element(x[1])) << 16;
+    }
+    static INLINE Floats units(const bf16* x) { return load((const float*)x); }
+    static INLINE Floats units(const float* x) {
+        return (Floats)_mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
     }
     static INLINE Floats add(Floats sum, Unit a, Floats b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -129,11 +134,35 @@ void pack_rows(const T* x, int64_t step, int64_t count, int64_t padded, int64_t 
 template <class U, class T>
 void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, int64_t size, typename U::Unit* out) {
     constexpr int64_t W = U::WIDTH;
-    for (int64_t t0 = 0; t0 < padded; t0 += LANES)
-        for (int64_t c = 0; c < size / W; c++)
-            for (int64_t t = t0; t < t0 + LANES; t++)
-                out[(t / COLUMNS * size / W + c) * COLUMNS + t % COLUMNS] =
-                    t < count ? U::unit(x + t * step + c * W) : 0;
+    const int64_t units = size / W;
+    for (int64_t t0 = 0; t0 < padded; t0 += LANES) {
+        typename U::Unit* columns = out + t0 / COLUMNS * units * COLUMNS + t0 % COLUMNS;
+        int64_t c = 0;
+        if (t0 + LANES <= count)
+            for (; c + LANES <= units; c += LANES) {
+                Floats v[LANES];
+                unrolled<LANES>([&](auto i) INLINED { v[i] = U::units(x + (t0 + i) * step + c * W); });
+                transpose(v);
+                unrolled<LANES>([&](auto i) INLINED { store((float*)columns + (c + i) * COLUMNS, v[i]); });
+            }
+        for (; c < units; c++)
+            for (int64_t i = 0; i < LANES; i++)
+                columns[c * COLUMNS + i] = t0 + i < count ? U::unit(x + (t0 + i) * step + c * W) : 0;
+    }
+}
+
+// And back: y (T, C), up to COLUMNS rows, from sums (C, COLUMNS), a row times its factor.
+template <class T>
+void unpack_across(const float* sums, const float* factors, int64_t count, int64_t size, T* y, int64_t step) {
+    for (int64_t t0 = 0; t0 < count; t0 += LANES)
+        for (int64_t c = 0; c < size; c += LANES) {
+            Floats v[LANES];
+            unrolled<LANES>([&](auto i) INLINED { v[i] = load(sums + (c + i) * COLUMNS + t0) * load(factors + t0); });
+            transpose(v);
+            unrolled<LANES>([&](auto i) INLINED {
+                if (t0 + i < count) store(y + (t0 + i) * step + c, v[i]);
+            });
+        }
 }
 
 // A channel's units hold neighbouring rows: (T, C).
