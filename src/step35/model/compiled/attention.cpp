@@ -160,6 +160,9 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
 
 // With S = q k^T / sqrt(C), P = exp(S - log-sum-exp) and d = dy . y of each query:
 //   dv = P^T dy    dS = P (dy v^T - d)    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
+//
+// Key blocks are taken in turn. The queries that see one lie in a ring, packed when the first key that they see is
+// reached and written when the last is passed: with a window, what is in work stays in the caches at any length.
 template <class U, class T>
 void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* lse,
               const Heads& grad, const Heads& grad_q, const Heads& grad_k, const Heads& grad_v) {
@@ -173,7 +176,7 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
     const int64_t kv_units = s.batch * s.kv_heads * padded_keys * D, parts = s.batch * s.heads * padded_keys * C;
     Memory<Unit> keys(kv_units), keys_across(kv_units), values(kv_units);
     Memory<float> part_k(parts), part_v(parts);  // of each query head; summed over its group at the end
-    int64_t ring = Q;  // queries that are in work at a time: those of a window, not of the sequence
+    int64_t ring = Q;  // the most queries that are in work at a time
     for (int64_t b = 0; b < s.batch; b++)
         for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
             const Seeing seeing(s, b, k0, std::min(k0 + KEYS, s.keys));
@@ -198,7 +201,7 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
             const Unit* v_head = values + kv * padded_keys * D;
             const T *q_rows = q.at<T>(b, head), *y_rows = out.at<T>(b, head), *dy_rows = grad.at<T>(b, head);
             const int32_t* last = s.last + b * s.tokens;
-            int64_t packed = 0, done = 0;  // blocks of queries before these rows are packed; have their gradient written
+            int64_t packed = 0, done = 0;  // queries before these rows are packed; are written
             auto pack = [&](int64_t q0) {
                 const int64_t at = q0 % ring, count = std::min(Q, s.tokens - q0);
                 pack_rows_across<U>(q_rows + q0 * q.token_step, q.token_step, count, Q, C, query + at * D);
@@ -211,6 +214,12 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     dots[at + i] = i < count ? dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C) : 0.0f;
                 }
                 std::fill_n(sums_q + at * C, Q * C, 0.0f);
+                for (int64_t t = q0 + Q; t < std::min(q0 + 2 * Q, s.tokens); t++)  // fetched while these are used
+                    for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
+                        __builtin_prefetch(q_rows + t * q.token_step + c);
+                        __builtin_prefetch(y_rows + t * out.token_step + c);
+                        __builtin_prefetch(dy_rows + t * grad.token_step + c);
+                    }
             };
             auto write = [&](int64_t q0) {
                 T* y = grad_q.at<T>(b, head) + q0 * grad_q.token_step;

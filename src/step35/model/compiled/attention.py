@@ -30,7 +30,8 @@ class CHeads(Structure):
 def attend_spans(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, first_BT: Tensor, last_BT: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(C)) v (B, T, H, C) over the keys at rows `first_BT` to `last_BT` of each query.
 
-    Both are int32 and never fall within a row. bf16 is multiplied as such where the CPU can, and summed in fp32.
+    Both are int32 and never fall within a row, and a query sees one key at least. bf16 is multiplied as such where the
+    CPU can, and summed in fp32.
     """
     return AttendSpans.apply(q_BTHC, k_BSKC, v_BSKC, first_BT, last_BT)  # type: ignore[no-any-return,no-untyped-call]
 
