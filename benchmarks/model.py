@@ -7,9 +7,9 @@ sliding layers' attention as a whole (projections, norms, rotation, scores and s
 ("kernel"), and those of all layers; what remains then is held against the measured peak of matrix products.
 
 At T = 512 a query of `mini` sees 256 keys on average and 480 at 4,096, so the kernel's own share rises between them by
-the sum alone; with `--window 128` all lengths lie well beyond the window.
+the sum alone. The shares are therefore taken a second time ("narrow") with a window of a quarter of the shortest T.
 
-    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16] [--window 128]
+    python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16]
 
 The last line is JSON with the ratios; the result file holds everything, with command, commit and machine.
 """
@@ -51,6 +51,8 @@ RATIOS = (
     "forward_ratio",
     "sliding_attention_share",
     "sliding_kernel_share",
+    "narrow_sliding_attention_share",
+    "narrow_sliding_kernel_share",
     "non_attention_of_peak",
 )
 
@@ -59,7 +61,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--window", type=int, help="of the sliding layers, instead of the preset's")
     parser.add_argument("--tokens", type=int, default=4096, help="of a pass of several short sequences")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=20.0, help="time to spend on each measurement")
@@ -70,19 +71,23 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     console = Console()
     config = preset(args.preset).with_mtp(0)
-    ours = Step35(config.model_copy(update={"sliding_window": args.window}) if args.window else config)
+    ours = Step35(config)
+    narrow = Step35(config.model_copy(update={"sliding_window": min(args.lengths) // 4}))
     initialise(ours, torch.Generator().manual_seed(0))
+    narrow.load_state_dict(ours.state_dict())
     theirs = load_transformers(ours).to(dtype)
-    ours.to(dtype)
-    for layer in ours.layers:
-        if layer.moe:
-            layer.moe.router.float()  # as loading does
+    for model in (ours, narrow):
+        model.to(dtype)
+        for layer in model.layers:
+            if layer.moe:
+                layer.moe.router.float()  # as loading does
     peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     rows = []
     for length in args.lengths:
         shape = max(1, args.tokens // length), length
         tokens = torch.randint(16, ours.config.vocab_size, shape, generator=torch.Generator().manual_seed(length))
         row = measure(ours, theirs, tokens, args.seconds)
+        row |= {f"narrow_{name}": value for name, value in measure_shares(narrow, tokens, args.seconds).items()}
         row["non_attention_of_peak"] = row["non_attention_flops"] / peaks[args.dtype]
         row["non_attention_of_bfloat16_peak"] = row["non_attention_flops"] / peaks["bfloat16"]
         rows.append(row)
@@ -204,12 +209,7 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
     training, training_theirs = fastest(
         [lambda: train_ours(ours, tokens), lambda: train_theirs(theirs, tokens)], seconds
     )
-    clock, passes = Clock(), 0
-    while clock.seconds["pass"] < seconds:
-        train_timed(ours, tokens, clock)
-        passes += 1
-    share = {name: spent / clock.seconds["pass"] for name, spent in clock.seconds.items()}
-    kernels = share["sliding kernel"] + share["full kernel"]
+    shares = measure_shares(ours, tokens, seconds)
     used = active_parameters(ours.config) + ours.lm_head.weight.numel()
     return {
         "length": tokens.shape[1],
@@ -221,11 +221,23 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
         "training_tokens_per_s": size / training,
         "training_tokens_per_s_transformers": size / training_theirs,
         "training_ratio": training_theirs / training,
+        **shares,
+        "non_attention_flops": 6 * used * size / (training * (1 - shares["kernel_share"])),
+    }
+
+
+def measure_shares(model: Step35, tokens: Tensor, seconds: float) -> dict[str, float]:
+    """Return attention's shares of the time of training passes."""
+    clock, passes = Clock(), 0
+    while clock.seconds["pass"] < seconds:
+        train_timed(model, tokens, clock)
+        passes += 1
+    share = {name: spent / clock.seconds["pass"] for name, spent in clock.seconds.items()}
+    return {
         "sliding_attention_share": share["sliding"],
         "sliding_kernel_share": share["sliding kernel"],
-        "kernel_share": kernels,
-        "sliding_kernel_s_per_token": clock.seconds["sliding kernel"] / (passes * size),
-        "non_attention_flops": 6 * used * size / (training * (1 - kernels)),
+        "kernel_share": share["sliding kernel"] + share["full kernel"],
+        "sliding_kernel_s_per_token": clock.seconds["sliding kernel"] / (passes * tokens.numel()),
     }
 
 
@@ -260,7 +272,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, float]], console: Console) -> None:
-    """Print the table."""
+    """Print the tables."""
 
     def pair(row: dict[str, float], what: str) -> tuple[str, str, str]:
         return (
@@ -269,30 +281,13 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
             f"{row[f'{what}_ratio']:.2f}x",
         )
 
-    shares = ("sliding_attention_share", "sliding_kernel_share", "kernel_share", "non_attention_of_peak")
-    shown = [
-        (
-            f"{int(r['length']):,}",
-            *pair(r, "forward"),
-            *pair(r, "training"),
-            *(f"{r[name]:.1%}" for name in shares),
-        )
-        for r in rows
-    ]
-    heads = [
-        "T",
-        "forward tok/s",
-        "theirs",
-        "ratio",
-        "training tok/s",
-        "theirs",
-        "ratio",
-        "SWA",
-        "its kernel",
-        "all kernels",
-        "rest of peak",
-    ]
-    console.table("ours and transformers", heads, shown)
+    heads = ["T", "forward", "theirs", "ratio", "training", "theirs", "ratio"]
+    speeds = [(f"{int(row['length']):,}", *pair(row, "forward"), *pair(row, "training")) for row in rows]
+    console.table("ours and transformers, tokens/s", heads, speeds)
+    shares = (*(name for name in RATIOS if "share" in name), "kernel_share", "non_attention_of_peak")
+    heads = ["T", "SWA", "its kernel", "narrow SWA", "its kernel", "all kernels", "rest of the peak"]
+    of_pass = [(f"{int(row['length']):,}", *(f"{row[name]:.1%}" for name in shares)) for row in rows]
+    console.table("a training pass of ours", heads, of_pass)
 
 
 if __name__ == "__main__":
