@@ -234,7 +234,8 @@ def call_with(value: str) -> str:
 
 
 def limited(**schema: Any) -> Grammar:
-    return Grammar(tools=(tool("f", {"a": {"type": "string"} | schema}, ["a"]),))
+    schema = {key: value for key, value in ({"type": "string"} | schema).items() if value is not None}
+    return Grammar(tools=(tool("f", {"a": schema}, ["a"]),))
 
 
 LIMITS: list[tuple[dict[str, Any], list[str], list[str]]] = [
@@ -257,6 +258,29 @@ LIMITS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"format": "other"}, ["anything"], []),
     ({"enum": ["a\nb", "c"]}, ["a\nb", "c"], ["a", "d"]),
     ({"const": "only"}, ["only"], ["", "only "]),
+    ({"type": ["string", "null"], "pattern": "^[a-z]+$", "maxLength": 4}, ["abc", "None"], ["abcde", "Nine", ""]),
+    ({"type": ["string"], "maxLength": 2}, ["ab"], ["abc"]),
+    (
+        {"type": None, "anyOf": [{"type": "string", "format": "date"}, {"type": "integer", "minimum": 3}]},
+        ["2026-02-28", "-12"],
+        ["today", "1.5", "2026-02-28x"],
+    ),
+    (
+        {"type": None, "oneOf": [{"enum": ["a b", 5, True]}, {"type": "string", "minLength": 9}]},
+        ["a b", "5", "True", "a" * 9],
+        ["a", "6", "a" * 8],
+    ),
+    (
+        {
+            "type": None,
+            "anyOf": [{"type": "string", "maxLength": 2}, {"anyOf": [{"type": "null"}, {"type": "number"}]}],
+        },
+        ["ab", "None", "1.25"],
+        ["abc", "Nona"],
+    ),
+    # An object has no expression of letters alone, so the string beside it is free.
+    ({"type": None, "anyOf": [{"type": "string", "maxLength": 2}, {"type": "object"}]}, ["ab", '{"a": 1}', "abc"], []),
+    ({"type": None, "anyOf": [{"type": "string"}, {"type": "string", "maxLength": 2}]}, ["abc"], []),
 ]
 
 

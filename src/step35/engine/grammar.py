@@ -4,9 +4,9 @@ The engine asks `GrammarCompiler` for a `Constraint` and masks the logits with w
 The tokens of `tokenizer.SPECIAL_TOKENS` only come where a grammar names them, so no text can hold a turn's end.
 
 Patterns are searched for, as JSON Schema has it, and may hold anchors at their ends alone, and no look-arounds.
-Not enforced: `pattern`, `format` and lengths of a tool's own parameter that may be a string or something else, its
-lengths past 1000 and formats other than `_FORMATS`, and closing tags quoted inside a JSON string of a tool call, which
-may end it early for a parser.
+Not enforced: of a tool's own parameter, limits of strings where it may also be an object or array, bounds of numbers
+where it may also be a string, lengths past 1000 and formats other than `_FORMATS`; and closing tags quoted inside a
+JSON string of a tool call, which may end it early for a parser.
 """
 
 # V vocabulary of the model, which may be padded beyond the tokenizer's
@@ -198,16 +198,25 @@ def _parameter(key: str, schema: Any, root: Mapping[str, Any], texts: dict[str, 
     opening, newline, closing = f"<parameter={key}>", "\n", "</parameter>\n"
     forms = _forms(schema, root)
     if forms is None:
-        name = texts.setdefault(_text(_resolve(schema, root)), f"TEXT_{len(texts)}")
+        name = texts.setdefault(_text(schema, root), f"TEXT_{len(texts)}")
         return f"({_literal(opening)} {name})"
     value = " | ".join(dict.fromkeys(forms))
     return f"({_literal(opening + newline)} ({value}) {_literal(newline + closing)})"
 
 
-def _text(schema: Mapping[str, Any]) -> str:
-    """Return what a value must match that is any text, or a string with limits."""
+def _text(schema: Any, root: Mapping[str, Any]) -> str:
+    """Return the expression of a value that may be text: one of letters alone, for a terminal."""
+    schema = _resolve(schema, root)
+    if alternatives := _alternatives(schema):
+        texts = dict.fromkeys(_text(alternative, root) for alternative in alternatives)
+        return "ANY" if "ANY" in texts else " | ".join(f"({text})" for text in texts)
+    forms = _forms(schema, root)
+    if forms is not None:
+        if not any(form.startswith("%json") for form in forms):
+            return " | ".join(forms)
+        return {"integer": "INTEGER", "number": "NUMBER"}.get(schema["type"], "ANY")
     limits = ["ANY"]
-    if schema.get("type") in ("string", ["string"]):
+    if schema.get("type") == "string":
         if "pattern" in schema:
             limits.append(_search(schema["pattern"]))
         if (form := _FORMATS.get(schema.get("format", ""))) is not None:
@@ -234,17 +243,23 @@ def _forms(schema: Any, root: Mapping[str, Any]) -> list[str] | None:
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return [_literal(value_text(value)) for value in values]
-    if alternatives := [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
-        nested = [_forms(alternative, root) for alternative in alternatives]
-    else:
-        declared = schema.get("type")
-        nested = [_typed(kind, schema, root) for kind in (declared if isinstance(declared, list) else [declared])]
+    alternatives = _alternatives(schema)
+    if not alternatives:
+        return _typed(schema.get("type"), schema, root)
     forms: list[str] = []
-    for some in nested:
+    for alternative in alternatives:
+        some = _forms(alternative, root)
         if some is None:
             return None
         forms += some
     return forms
+
+
+def _alternatives(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the schemas of which a value may match any; none where it is described by this one."""
+    declared = schema.get("type")
+    several = [{**schema, "type": kind} for kind in declared] if isinstance(declared, list) else []
+    return [*schema.get("anyOf", ()), *schema.get("oneOf", ())] or several
 
 
 def _typed(kind: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[str] | None:
