@@ -7,7 +7,7 @@ sliding layers' attention as a whole (projections, norms, rotation, scores and s
 ("kernel"), and those of all layers; what remains then is held against the measured peak of matrix products.
 
 At T = 512 a query of `mini` sees 256 keys on average and 480 at 4,096, so the kernel's own share rises between them by
-the sum alone. The shares are therefore taken a second time ("narrow") with a window of a quarter of the shortest T.
+the sum alone. The shares are therefore taken a second time ("narrow"), the window at most a quarter of the shortest T.
 
     python benchmarks/model.py [--preset mini] [--lengths 512 4096 16384] [--dtype bfloat16]
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from step35.model.attention import Attention
 from step35.model.context import Context
 from step35.model.init import initialise
 from step35.model.step35 import Step35
-from step35.model.weights import save_model
+from step35.model.weights import save_model, set_dtypes
 from step35.runtime.console import Console
 from step35.runtime.device import reuse_memory, set_threads
 from step35.runtime.machine import environment
@@ -72,22 +73,17 @@ def main() -> None:
     console = Console()
     config = preset(args.preset).with_mtp(0)
     ours = Step35(config)
-    narrow = Step35(config.model_copy(update={"sliding_window": min(args.lengths) // 4}))
     initialise(ours, torch.Generator().manual_seed(0))
-    narrow.load_state_dict(ours.state_dict())
     theirs = load_transformers(ours).to(dtype)
-    for model in (ours, narrow):
-        model.to(dtype)
-        for layer in model.layers:
-            if layer.moe:
-                layer.moe.router.float()  # as loading does
+    set_dtypes(ours, dtype)
+    narrow = min(config.sliding_window, min(args.lengths) // 4)
     peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     rows = []
     for length in args.lengths:
         shape = max(1, args.tokens // length), length
         tokens = torch.randint(16, ours.config.vocab_size, shape, generator=torch.Generator().manual_seed(length))
         row = measure(ours, theirs, tokens, args.seconds)
-        row |= {f"narrow_{name}": value for name, value in measure_shares(narrow, tokens, args.seconds).items()}
+        row |= {f"narrow_{name}": share for name, share in measure_shares(ours, tokens, args.seconds, narrow).items()}
         row["non_attention_of_peak"] = row["non_attention_flops"] / peaks[args.dtype]
         row["non_attention_of_bfloat16_peak"] = row["non_attention_flops"] / peaks["bfloat16"]
         rows.append(row)
@@ -157,18 +153,21 @@ class Mark(torch.autograd.Function):
 
 
 class Timed(Context):
-    """A pass whose scores and sums are timed, by kind of layer."""
+    """A pass whose scores and sums are timed, by kind of layer; `window`, if any, replaces the sliding layers'."""
 
     clock: Clock
+    window: int | None = None
 
     def attend(self, layer: LayerConfig, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        if self.window and layer.window:
+            layer = replace(layer, window=self.window)
         return self.clock.timed(f"{layer.kind} kernel", partial(super().attend, layer), q_BTHC, k_BTKC, v_BTKC)
 
 
-def train_timed(model: Step35, tokens: Tensor, clock: Clock) -> None:
+def train_timed(model: Step35, tokens: Tensor, clock: Clock, window: int | None) -> None:
     """Run one forward and backward pass; count its time, and that of attention, on the clock."""
     context = Timed.packed(tokens)
-    context.clock = clock
+    context.clock, context.window = clock, window
     modules = [layer.attention for layer in model.layers]
     for module in modules:
         module.forward = partial(time_attention, module, clock)
@@ -226,11 +225,11 @@ def measure(ours: Step35, theirs: torch.nn.Module, tokens: Tensor, seconds: floa
     }
 
 
-def measure_shares(model: Step35, tokens: Tensor, seconds: float) -> dict[str, float]:
-    """Return attention's shares of the time of training passes."""
+def measure_shares(model: Step35, tokens: Tensor, seconds: float, window: int | None = None) -> dict[str, float]:
+    """Return attention's shares of the time of training passes, with the model's own window or another."""
     clock, passes = Clock(), 0
     while clock.seconds["pass"] < seconds:
-        train_timed(model, tokens, clock)
+        train_timed(model, tokens, clock, window)
         passes += 1
     share = {name: spent / clock.seconds["pass"] for name, spent in clock.seconds.items()}
     return {

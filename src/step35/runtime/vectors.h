@@ -125,6 +125,14 @@ template <int DONE = 1> INLINE void transpose(Floats* v) {
     }
 }
 
+// Transposes a block: element j of the vector `get(i)` becomes element i of the vector that `put(j, v)` takes.
+template <class Get, class Put> INLINE void transposed(Get get, Put put) {
+    Floats v[LANES];
+    unrolled<LANES>([&](auto i) INLINED { v[i] = get(i); });
+    transpose(v);
+    unrolled<LANES>([&](auto i) INLINED { put(i, v[i]); });
+}
+
 // Combines elements that are SHIFT apart, then SHIFT / 2, down to LEAST.
 template <int SHIFT, int LEAST, class F> INLINE Floats combine(Floats v, F with) {
     if constexpr (SHIFT >= LEAST && SHIFT > 0) {

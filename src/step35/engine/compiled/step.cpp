@@ -801,12 +801,9 @@ struct Pass {
     // turned (C, LANES) = LANES keys, one a column.
     template <class T> static void turn(const T* keys, int64_t stride, int64_t C, float* turned) {
         int64_t c = 0;
-        for (; c + LANES <= C; c += LANES) {
-            Floats v[LANES];
-            unrolled<LANES>([&](auto i) INLINED { v[i] = load(keys + i * stride + c); });
-            transpose(v);
-            unrolled<LANES>([&](auto i) INLINED { store(turned + (c + i) * LANES, v[i]); });
-        }
+        for (; c + LANES <= C; c += LANES)
+            transposed([&](auto i) INLINED { return load(keys + i * stride + c); },
+                       [&](auto i, Floats v) INLINED { store(turned + (c + i) * LANES, v); });
         for (; c < C; c++)
             for (int i = 0; i < LANES; i++) turned[c * LANES + i] = widen(keys[i * stride + c]);
     }

@@ -208,10 +208,11 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                 pack_channels<U>(q_rows + q0 * q.token_step, q.token_step, count, Q, C, query_across + at * D);
                 pack_rows_across<U>(dy_rows + q0 * grad.token_step, grad.token_step, count, Q, C, dy + at * D);
                 pack_channels<U>(dy_rows + q0 * grad.token_step, grad.token_step, count, Q, C, dy_across + at * D);
-                for (int64_t i = 0; i < Q; i++) {
-                    const int64_t t = q0 + i;
-                    log_sums[at + i] = i < count ? lse[item * s.tokens + t] : 0.0f;
-                    dots[at + i] = i < count ? dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C) : 0.0f;
+                std::fill_n(log_sums + at, Q, 0.0f);
+                std::fill_n(dots + at, Q, 0.0f);
+                for (int64_t t = q0; t < q0 + count; t++) {
+                    log_sums[at + t - q0] = lse[item * s.tokens + t];
+                    dots[at + t - q0] = dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C);
                 }
                 std::fill_n(sums_q + at * C, Q * C, 0.0f);
                 for (int64_t t = q0 + Q; t < std::min(q0 + 2 * Q, s.tokens); t++)  // fetched while these are used

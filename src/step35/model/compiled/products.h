@@ -139,12 +139,9 @@ void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, i
         typename U::Unit* columns = out + t0 / COLUMNS * units * COLUMNS + t0 % COLUMNS;
         int64_t c = 0;
         if (t0 + LANES <= count)
-            for (; c + LANES <= units; c += LANES) {
-                Floats v[LANES];
-                unrolled<LANES>([&](auto i) INLINED { v[i] = U::units(x + (t0 + i) * step + c * W); });
-                transpose(v);
-                unrolled<LANES>([&](auto i) INLINED { store((float*)columns + (c + i) * COLUMNS, v[i]); });
-            }
+            for (; c + LANES <= units; c += LANES)
+                transposed([&](auto i) INLINED { return U::units(x + (t0 + i) * step + c * W); },
+                           [&](auto i, Floats v) INLINED { store((float*)columns + (c + i) * COLUMNS, v); });
         for (; c < units; c++)
             for (int64_t i = 0; i < LANES; i++)
                 columns[c * COLUMNS + i] = t0 + i < count ? U::unit(x + (t0 + i) * step + c * W) : 0;
@@ -155,14 +152,9 @@ void pack_rows_across(const T* x, int64_t step, int64_t count, int64_t padded, i
 template <class T>
 void unpack_across(const float* sums, const float* factors, int64_t count, int64_t size, T* y, int64_t step) {
     for (int64_t t0 = 0; t0 < count; t0 += LANES)
-        for (int64_t c = 0; c < size; c += LANES) {
-            Floats v[LANES];
-            unrolled<LANES>([&](auto i) INLINED { v[i] = load(sums + (c + i) * COLUMNS + t0) * load(factors + t0); });
-            transpose(v);
-            unrolled<LANES>([&](auto i) INLINED {
-                if (t0 + i < count) store(y + (t0 + i) * step + c, v[i]);
-            });
-        }
+        for (int64_t c = 0; c < size; c += LANES)
+            transposed([&](auto i) INLINED { return load(sums + (c + i) * COLUMNS + t0) * load(factors + t0); },
+                       [&](auto i, Floats v) INLINED { if (t0 + i < count) store(y + (t0 + i) * step + c, v); });
 }
 
 // A channel's units hold neighbouring rows: (T, C).
