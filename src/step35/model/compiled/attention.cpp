@@ -136,7 +136,7 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
                             weight[i] = exp2((load(scores + (r + i) * Q + j) - most) * scale);
                             sum += weight[i];
                         }
-                        U::put_neighbours(weights + r / W * Q + j, weight[0], weight[1]);
+                        store((float*)(weights + r / W * Q + j), U::neighbours(weight[0], weight[1]));
                     }
                     store(top + j, most);
                     store(total + j, sum);
@@ -251,10 +251,10 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                             for (int i = 0; i < W; i++) {
                                 Floats weight = exp2(load(scores + (r + i) * Q + j) * scale - log_sum);
                                 slope[i] = weight * (load(inner + (r + i) * Q + j) - inner_dy);
-                                U::put((Element*)(Unit*)weights + (r + i) * Q + j, weight);
-                                U::put((Element*)(Unit*)slopes + (r + i) * Q + j, slope[i]);
+                                store((Element*)(Unit*)weights + (r + i) * Q + j, weight);
+                                store((Element*)(Unit*)slopes + (r + i) * Q + j, slope[i]);
                             }
-                            U::put_neighbours(slopes_across + r / W * Q + j, slope[0], slope[1]);
+                            store((float*)(slopes_across + r / W * Q + j), U::neighbours(slope[0], slope[1]));
                         }
                     }
                     const int64_t at = (r0 - k0) * C;

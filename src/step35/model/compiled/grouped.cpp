@@ -12,8 +12,9 @@
 
 namespace {
 
-// Rows and units of a step of `rows_product`; rows to sum, outs and ins of a step of `backward_weight`.
-constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 512, WIDE = 128;
+// Rows and units of a step of `rows_product`; rows to sum, and at most so many outs and ins, of one of `backward_weight`,
+// whose sums stay in the second cache.
+constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 320, WIDE = 256;
 
 struct Grouped {
     int64_t experts, outs, ins;
@@ -27,7 +28,7 @@ struct Grouped {
 template <class U, class T, class Pack>
 void rows_product(const Grouped& g, int64_t outs, int64_t ins, const T* x, T* y, Pack pack) {
     typedef typename U::Unit Unit;
-    const int64_t units = ins / U::WIDTH, panels = up(outs, COLUMNS) / COLUMNS;
+    const int64_t units = ins / U::WIDTH, panels = up(outs, COLUMNS) / COLUMNS, all = g.ends[g.experts - 1];
 #pragma omp parallel num_threads(g.threads)
     {
         Memory<Unit> panel(units * COLUMNS), copied(BLOCK * units);
@@ -45,9 +46,14 @@ void rows_product(const Grouped& g, int64_t outs, int64_t ins, const T* x, T* y,
                     pack_rows<U>(x + r0 * ins, ins, rows, up(rows, ROWS), ins, copied);
                     a = copied;
                 }
-                for (int64_t k = 0; k < units; k += DEPTH)
-                    product<U>(up(rows, ROWS), count, a + k, units, panel + k * step, step, sums, COLUMNS,
-                               std::min(DEPTH, units - k), k > 0);
+                for (int64_t i = 0; i < rows; i += ROWS) {
+                    const int64_t ahead = std::min(r0 + BLOCK + i, all);
+                    if (item % panels < g.threads) fetch(x + ahead * ins, std::min(ROWS, all - ahead) * ins);  // first use
+                    for (int64_t r = r0 + i; r < std::min(r0 + i + ROWS, end); r++) fetch_to_write(y + r * outs + column);
+                    for (int64_t k = 0; k < units; k += DEPTH)
+                        product<U>(ROWS, count, a + i * units + k, units, panel + k * step, step, sums + i * COLUMNS,
+                                   COLUMNS, std::min(DEPTH, units - k), k > 0);
+                }
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t j = 0; j < count; j += LANES)
                         store(y + (r0 + r) * outs + column + j, load(sums + r * COLUMNS + j));
@@ -80,32 +86,29 @@ void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w, boo
     typedef typename UnitsOf<T>::Units U;
     typedef typename U::Unit Unit;
     const int64_t talls = up(g.outs, TALL) / TALL, wides = up(g.ins, WIDE) / WIDE, W = U::WIDTH;
+    const int64_t tall = up(up(g.outs, talls) / talls, COLUMNS), wide = up(up(g.ins, wides) / wides, COLUMNS);
 #pragma omp parallel num_threads(g.threads)
     {
-        Memory<Unit> across(SUMMED / W * TALL), panels(SUMMED / W * WIDE);
-        Memory<float> sums(TALL * WIDE);
+        Memory<Unit> across(SUMMED / W * tall), panels(SUMMED / W * wide);
+        Memory<float> sums(tall * wide);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < g.experts * talls * wides; item++) {
-            const int64_t e = item / (talls * wides), row = item / wides % talls * TALL, column = item % wides * WIDE;
-            const int64_t height = std::min(TALL, g.outs - row), width = std::min(WIDE, g.ins - column);
-            std::fill_n((float*)sums, height * WIDE, 0.0f);
+            const int64_t e = item / (talls * wides), row = item / wides % talls * tall, column = item % wides * wide;
+            const int64_t height = std::min(tall, g.outs - row), width = std::min(wide, g.ins - column);
+            if (g.begin(e) == g.ends[e]) std::fill_n((float*)sums, height * wide, 0.0f);
             for (int64_t r0 = g.begin(e); r0 < g.ends[e]; r0 += SUMMED) {
-                const int64_t rows = std::min(SUMMED, g.ends[e] - r0), padded = up(rows, W);
-                pack_channels<U>(grad + r0 * g.outs + row, g.outs, rows, padded, height, across);
-                for (int64_t t = 0; t < padded; t += W)  // row by row through memory, into panels of COLUMNS
-                    for (int64_t j = 0; j < width; j += COLUMNS)
-                        pack_channels<U>(x + (r0 + t) * g.ins + column + j, g.ins, std::min(W, rows - t), W,
-                                         std::min(COLUMNS, width - j), panels + (j * SUMMED + t * COLUMNS) / W);
-                for (int64_t j = 0; j < width; j += COLUMNS) {
-                    const int64_t count = std::min(COLUMNS, width - j);
-                    product<U, true>(height, count, across, height, panels + j * SUMMED / W, COLUMNS, sums + j, WIDE,
-                                     padded / W, true);
-                }
+                const int64_t rows = std::min(SUMMED, g.ends[e] - r0), depth = up(rows, W) / W;
+                pack_channels<U>(grad + r0 * g.outs + row, g.outs, rows, depth * W, height, across);
+                pack_panels<U>(x + r0 * g.ins + column, g.ins, rows, width, panels);
+                for (int64_t j = 0; j < width; j += COLUMNS)
+                    product<U, true>(height, std::min(COLUMNS, width - j), across, height, panels + j * depth, COLUMNS,
+                                     sums + j, wide, depth, r0 > g.begin(e));
             }
             for (int64_t i = 0; i < height; i++)
                 for (int64_t j = 0; j < width; j += LANES) {
                     S* to = grad_w + (e * g.outs + row + i) * g.ins + column + j;
-                    store(to, add ? load(to) + load(sums + i * WIDE + j) : load(sums + i * WIDE + j));
+                    fetch_to_write(to + 16 * g.ins);
+                    store(to, add ? load(to) + load(sums + i * wide + j) : load(sums + i * wide + j));
                 }
         }
     }

@@ -18,6 +18,12 @@ constexpr int64_t COLUMNS = 2 * LANES;  // columns that a tile takes; the last m
 INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
 
+// Ask for what is read or written soon: memory answers while products run.
+template <class T> INLINE void fetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+template <class T> INLINE void fetch_to_write(T* to) { __builtin_prefetch(to, 1); }
+
 template <class T> struct Memory {
     std::unique_ptr<T[]> owned;
     explicit Memory(int64_t count) : owned(new T[count]) {}
@@ -32,11 +38,20 @@ struct Single {
     template <class T> static INLINE Unit unit(const T* x) { return widen(*x); }
     template <class T> static INLINE Floats units(const T* x) { return load(x); }  // LANES of them
     static INLINE Floats add(Floats sum, Unit a, Floats b) { return sum + a * b; }
-    static INLINE void put(Element* p, Floats x) { store(p, x); }
-    static INLINE void put_neighbours(Unit* p, Floats x, Floats) { store(p, x); }
+    static INLINE Floats neighbours(Floats x, Floats) { return x; }
+    template <class T> static INLINE Floats neighbours(const T* x, const T*) { return load(x); }
 };
 
 #ifdef __AVX512BF16__
+// Places of {a0, b0, a1, b1, ...} in 16 halves a and 16 halves b behind them.
+struct Woven {
+    uint16_t of[2 * LANES];
+    constexpr Woven() : of() {
+        for (int i = 0; i < 2 * LANES; i++) of[i] = i / 2 + i % 2 * LANES;
+    }
+};
+constexpr Woven WOVEN;
+
 struct Pair {
     typedef uint32_t Unit;
     typedef bf16 Element;
@@ -57,13 +72,17 @@ struct Pair {
     static INLINE Floats add(Floats sum, Unit a, Floats b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
     }
-    static INLINE void put(Element* p, Floats x) { store(p, x); }
-    static INLINE void put_neighbours(Unit* p, Floats x, Floats next) {
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)next));
-        __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-        memcpy(p, &both, sizeof both);
+    // Units of x's elements and next's, side by side.
+    static INLINE Floats neighbours(Floats x, Floats next) {
+        auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)x);
+        return (Floats)_mm512_permutexvar_epi16(_mm512_loadu_si512(&WOVEN), both);
     }
+    static INLINE Floats neighbours(const bf16* x, const bf16* next) {
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)next));
+        return (Floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+    static INLINE Floats neighbours(const float* x, const float* next) { return neighbours(load(x), load(next)); }
 };
 typedef Pair Bfloat16;
 #else
@@ -174,6 +193,20 @@ void pack_channels(const T* x, int64_t step, int64_t count, int64_t padded, int6
                 for (int64_t w = 0; w < W; w++)
                     to[t * size + c * W + w] =
                         t + w < count ? U::element(x[(t + w) * step + c]) : typename U::Element(0);
+}
+
+// The same units in panels of COLUMNS channels: (panels, T, COLUMNS), T rounded up to whole units.
+template <class U, class T>
+void pack_panels(const T* x, int64_t step, int64_t count, int64_t size, typename U::Unit* out) {
+    constexpr int64_t W = U::WIDTH, AHEAD = 8;
+    const int64_t panel = up(count, W) / W * COLUMNS;
+    const T zeros[LANES] = {};
+    for (int64_t t = 0; t < count; t += W)
+        for (int64_t c = 0; c < size; c += LANES) {
+            const T *row = x + t * step + c, *next = t + W > count ? zeros : row + (W - 1) * step;
+            for (int64_t w = 0; w < W; w++) __builtin_prefetch(row + (AHEAD + w) * step, 0, 2);
+            store((float*)(out + c / COLUMNS * panel + t / W * COLUMNS + c % COLUMNS), U::neighbours(row, next));
+        }
 }
 
 }  // namespace
