@@ -29,6 +29,14 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
+// Ask for what is read or written soon: memory answers while products run.
+template <class T> INLINE void fetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+template <class T> INLINE void fetch_to_write(T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(to + i, 1);
+}
+
 // Calls f with the constants 0 to COUNT - 1, so that arrays which it indexes with them are kept in registers.
 template <int COUNT, class F> INLINE void unrolled(F f) {
     [&]<int... I>(std::integer_sequence<int, I...>) INLINED { (f(std::integral_constant<int, I>{}), ...); }

@@ -114,6 +114,10 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
             float top[Q], total[Q], shrink[Q];
             const Span span(s, b, q0);
             pack_rows_across<U>(q.at<T>(b, head) + q0 * q.token_step, q.token_step, count, Q, C, query);
+            for (int64_t t = q0; t < q0 + count; t++) {  // the next block that this thread is likely to take
+                if (t >= s.threads * Q) fetch(q.at<T>(b, head) + (t - s.threads * Q) * q.token_step, C);
+                fetch_to_write(out.at<T>(b, head) + t * out.token_step, C);
+            }
             std::fill_n(top, Q, LEAST);
             std::fill_n(total, Q, 0.0f);
             std::fill_n((float*)sums, C * Q, 0.0f);
@@ -215,12 +219,11 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     dots[at + t - q0] = dot(dy_rows + t * grad.token_step, y_rows + t * out.token_step, C);
                 }
                 std::fill_n(sums_q + at * C, Q * C, 0.0f);
-                for (int64_t t = q0 + Q; t < std::min(q0 + 2 * Q, s.tokens); t++)  // fetched while these are used
-                    for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
-                        __builtin_prefetch(q_rows + t * q.token_step + c);
-                        __builtin_prefetch(y_rows + t * out.token_step + c);
-                        __builtin_prefetch(dy_rows + t * grad.token_step + c);
-                    }
+                for (int64_t t = q0 + Q; t < std::min(q0 + 2 * Q, s.tokens); t++) {
+                    fetch(q_rows + t * q.token_step, C);
+                    fetch(y_rows + t * out.token_step, C);
+                    fetch(dy_rows + t * grad.token_step, C);
+                }
             };
             auto write = [&](int64_t q0) {
                 T* y = grad_q.at<T>(b, head) + q0 * grad_q.token_step;

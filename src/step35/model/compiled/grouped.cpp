@@ -12,8 +12,8 @@
 
 namespace {
 
-// Rows and units of a step of `rows_product`; rows to sum, and at most so many outs and ins, of one of `backward_weight`,
-// whose sums stay in the second cache.
+// Rows and units of a step of `rows_product`; rows to sum, most outs and most ins of one of `backward_weight`, whose
+// sums then stay in the second cache.
 constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 320, WIDE = 256;
 
 struct Grouped {
@@ -47,9 +47,11 @@ void rows_product(const Grouped& g, int64_t outs, int64_t ins, const T* x, T* y,
                     a = copied;
                 }
                 for (int64_t i = 0; i < rows; i += ROWS) {
-                    const int64_t ahead = std::min(r0 + BLOCK + i, all);
-                    if (item % panels < g.threads) fetch(x + ahead * ins, std::min(ROWS, all - ahead) * ins);  // first use
-                    for (int64_t r = r0 + i; r < std::min(r0 + i + ROWS, end); r++) fetch_to_write(y + r * outs + column);
+                    const int64_t now = r0 + i, ahead = std::min(now + BLOCK, all);
+                    if (item % panels < g.threads)  // this thread's first panel of the expert
+                        fetch(x + ahead * ins, std::min(ROWS, all - ahead) * ins);
+                    for (int64_t r = now; r < std::min(now + ROWS, end); r++)
+                        fetch_to_write(y + r * outs + column, count);
                     for (int64_t k = 0; k < units; k += DEPTH)
                         product<U>(ROWS, count, a + i * units + k, units, panel + k * step, step, sums + i * COLUMNS,
                                    COLUMNS, std::min(DEPTH, units - k), k > 0);
@@ -107,7 +109,7 @@ void backward_weight(const Grouped& g, const T* x, const T* grad, S* grad_w, boo
             for (int64_t i = 0; i < height; i++)
                 for (int64_t j = 0; j < width; j += LANES) {
                     S* to = grad_w + (e * g.outs + row + i) * g.ins + column + j;
-                    fetch_to_write(to + 16 * g.ins);
+                    fetch_to_write(to + 16 * g.ins, LANES);
                     store(to, add ? load(to) + load(sums + i * wide + j) : load(sums + i * wide + j));
                 }
         }

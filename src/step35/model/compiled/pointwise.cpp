@@ -8,6 +8,8 @@
 
 #include <omp.h>
 
+#include <vector>
+
 #include "vectors.h"
 
 namespace {
@@ -179,13 +181,15 @@ template <class T>
 void gather_sum(const T* x, const int64_t* place, const float* weight, int64_t rows, int64_t top_k, int64_t size, T* y,
                 int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n++)
+    for (int64_t n = 0; n < rows; n++) {
+        for (int64_t k = (n + 1) * top_k; k < std::min(n + 2, rows) * top_k; k++) fetch(x + place[k] * size, size);
         each(size, [&](int64_t i) {
             Floats sums = {};
             for (int64_t k = n * top_k; k < (n + 1) * top_k; k++)
                 sums += load(x + place[k] * size + i) * (weight ? weight[k] : 1.0f);
             store(y + n * size + i, sums);
         });
+    }
 }
 
 // The gradient of that: dx[place[n, k]] = weight[n, k] dy[n], dweight[n, k] = dy[n] . x[place[n, k]].
@@ -193,32 +197,42 @@ template <class T>
 void gather_sum_grad(const T* x, const int64_t* place, const float* weight, const T* grad, int64_t rows, int64_t top_k,
                      int64_t size, T* grad_x, float* grad_weight, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n++)
+    for (int64_t n = 0; n < rows; n++) {
+        for (int64_t k = (n + 1) * top_k; k < std::min(n + 2, rows) * top_k; k++) {
+            fetch(x + place[k] * size, size);
+            fetch_to_write(grad_x + place[k] * size, size);
+        }
         for (int64_t k = n * top_k; k < (n + 1) * top_k; k++) {
             const T *row = x + place[k] * size, *slope = grad + n * size;
             grad_weight[k] = dot(row, slope, size);
             each(size, [&](int64_t i) { store(grad_x + place[k] * size + i, load(slope + i) * weight[k]); });
         }
+    }
 }
 
 // Rows of logits turn into the gradient of -log p[target]; `loss` (N) takes that, of at most 87 nats.
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, int64_t rows, int64_t size, float* loss, int threads) {
     constexpr float LEAST = 1.1754944e-38f;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n++) {
-        T* x = logits + n * size;
-        Floats most = Floats{} - INFINITY, sums = {};
-        each(size, [&](int64_t i) { most = larger(most, load(x + i)); });
-        const float top = largest(most), target = widen(x[targets[n]]);
-        each(size, [&](int64_t i) {
-            Floats below = load(x + i) - top;
-            sums += exponential(below) + (below - below);  // which is NaN where a logit is no number
-        });
-        const float share = 1.0f / total(sums), p = exponential(target - top) * share;
-        each(size, [&](int64_t i) { store(x + i, exponential(load(x + i) - top) * share); });
-        narrow(p - 1.0f, x + targets[n]);
-        loss[n] = -std::log(p < LEAST ? LEAST : p);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> powers(size);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) {
+            T* x = logits + n * size;
+            Floats most = Floats{} - INFINITY, sums = {};
+            each(size, [&](int64_t i) { most = larger(most, load(x + i)); });
+            const float top = largest(most), target = widen(x[targets[n]]);
+            each(size, [&](int64_t i) {
+                Floats below = load(x + i) - top, power = exponential(below);
+                store(&powers[i], power);
+                sums += power + (below - below);  // which is NaN where a logit is no number
+            });
+            const float share = 1.0f / total(sums), p = exponential(target - top) * share;
+            each(size, [&](int64_t i) { store(x + i, load(&powers[i]) * share); });
+            narrow(p - 1.0f, x + targets[n]);
+            loss[n] = -std::log(p < LEAST ? LEAST : p);
+        }
     }
 }
 

@@ -18,12 +18,6 @@ constexpr int64_t COLUMNS = 2 * LANES;  // columns that a tile takes; the last m
 INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 INLINE int64_t down(int64_t x, int64_t to) { return x / to * to; }
 
-// Ask for what is read or written soon: memory answers while products run.
-template <class T> INLINE void fetch(const T* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
-}
-template <class T> INLINE void fetch_to_write(T* to) { __builtin_prefetch(to, 1); }
-
 template <class T> struct Memory {
     std::unique_ptr<T[]> owned;
     explicit Memory(int64_t count) : owned(new T[count]) {}
