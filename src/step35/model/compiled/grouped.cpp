@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t EXPERTS = 8;  // whose gradients are computed before the next ones': the last cache holds their rows
 // Rows and units of a step of `rows_product`; rows to sum, most outs and most ins of one of `backward_weight`, whose
 // sums then stay in the second cache.
 constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 320, WIDE = 256;
@@ -19,8 +20,9 @@ constexpr int64_t BLOCK = 64, DEPTH = 512, SUMMED = 256, TALL = 320, WIDE = 256;
 struct Grouped {
     int64_t experts, outs, ins;
     const int32_t* ends;  // (E): where each expert's rows end
-    int32_t threads;
-    int64_t begin(int64_t e) const { return e ? ends[e - 1] : 0; }
+    int32_t threads, start;  // the row at which the first expert's begin
+    int64_t begin(int64_t e) const { return e ? ends[e - 1] : start; }
+    Grouped part(int64_t e, int64_t count) const { return {count, outs, ins, ends + e, threads, int32_t(begin(e))}; }
 };
 
 // y (R, outs) = rows x (R, ins) times a panel for each expert and block of columns, packed by `pack`(e, column, count,
@@ -138,8 +140,12 @@ void grouped_backward(const Grouped* g, int rows_bf16, int weights_bf16, const v
     typed(rows_bf16, weights_bf16, [&](auto t, auto s) {
         typedef decltype(t) T;
         typedef decltype(s) S;
-        if (grad_x) backward_rows(*g, (const T*)grad, (const S*)w, (T*)grad_x);
-        if (grad_w) backward_weight(*g, (const T*)x, (const T*)grad, (S*)grad_w);
+        for (int64_t e = 0; e < g->experts; e += EXPERTS) {
+            const Grouped part = g->part(e, std::min(EXPERTS, g->experts - e));
+            const int64_t from = e * g->outs * g->ins;
+            if (grad_x) backward_rows(part, (const T*)grad, (const S*)w + from, (T*)grad_x);
+            if (grad_w) backward_weight(part, (const T*)x, (const T*)grad, (S*)grad_w + from);
+        }
     });
 }
 

@@ -19,6 +19,7 @@ class CGrouped(Structure):
         *((name, c_int64) for name in ("experts", "outs", "ins")),
         ("ends", c_void_p),
         ("threads", c_int32),
+        ("start", c_int32),
     )
 
 
