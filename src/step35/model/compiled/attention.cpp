@@ -10,6 +10,10 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <thread>
+#include <vector>
+
 #include "products.h"
 
 namespace {
@@ -166,7 +170,9 @@ void forward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, con
 //   dv = P^T dy    dS = P (dy v^T - d)    dq = dS k / sqrt(C)    dk = dS^T q / sqrt(C)
 //
 // Key blocks are taken in turn. The queries that see one lie in a ring, packed when the first key that they see is
-// reached and written when the last is passed: with a window, what is in work stays in the caches at any length.
+// reached and written when the last is passed: with a window, what is in work stays in the caches at any length. The
+// query heads of a group add to the gradients of its keys and values in their order, one block behind the other, and
+// the last of them writes these.
 template <class U, class T>
 void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* lse,
               const Heads& grad, const Heads& grad_q, const Heads& grad_k, const Heads& grad_v) {
@@ -177,9 +183,11 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
     const float root = 1.0f / std::sqrt(float(C)), scale = LOG2_E * root;
     float roots[Q];
     std::fill_n(roots, Q, root);
-    const int64_t kv_units = s.batch * s.kv_heads * padded_keys * D, parts = s.batch * s.heads * padded_keys * C;
-    Memory<Unit> keys(kv_units), keys_across(kv_units), values(kv_units);
-    Memory<float> part_k(parts), part_v(parts);  // of each query head; summed over its group at the end
+    const int64_t kv_rows = s.batch * s.kv_heads * padded_keys;
+    Memory<Unit> keys(kv_rows * D), keys_across(kv_rows * D), values(kv_rows * D);
+    Memory<float> group_k(group > 1 ? kv_rows * C : 0), group_v(group > 1 ? kv_rows * C : 0);
+    std::vector<std::atomic<int64_t>> added(s.batch * s.heads);  // how many rows a head has added to its group's sums
+    std::atomic<int64_t> taken = 0;
     int64_t ring = Q;  // the most queries that are in work at a time
     for (int64_t b = 0; b < s.batch; b++)
         for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
@@ -198,8 +206,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
         Memory<Unit> query(ring * D), query_across(ring * D), dy(ring * D), dy_across(ring * D);
         Memory<Unit> weights(KEYS * Q / W), slopes(KEYS * Q / W), slopes_across(KEYS * Q / W);
         Memory<float> scores(KEYS * Q), inner(KEYS * Q), sums_q(ring * C), log_sums(ring), dots(ring);
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < s.batch * s.heads; item++) {
+        Memory<float> sums_k(KEYS * C), sums_v(KEYS * C);
+        for (int64_t item; (item = taken++) < s.batch * s.heads;) {  // in order: a head may wait for the one before
             int64_t b = item / s.heads, head = item % s.heads, kv = b * s.kv_heads + head / group;
             const Unit *k_head = keys + kv * padded_keys * D, *k_head_across = keys_across + kv * padded_keys * D;
             const Unit* v_head = values + kv * padded_keys * D;
@@ -230,10 +238,8 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                 unpack_across(sums_q + q0 % ring * C, roots, std::min(Q, s.tokens - q0), C, y, grad_q.token_step);
             };
             for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
-                float* sums_k = part_k + (item * padded_keys + k0) * C;
-                float* sums_v = part_v + (item * padded_keys + k0) * C;
-                std::fill_n(sums_k, KEYS * C, 0.0f);
-                std::fill_n(sums_v, KEYS * C, 0.0f);
+                std::fill_n((float*)sums_k, KEYS * C, 0.0f);
+                std::fill_n((float*)sums_v, KEYS * C, 0.0f);
                 const int64_t k1 = std::min(k0 + KEYS, s.keys);
                 const Seeing seeing(s, b, k0, k1);
                 for (; done < seeing.since; done += Q) write(done);
@@ -266,24 +272,25 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     product<U, true>(C, Q, k_head_across + r0 * D, C, slopes_across, Q, sums_q + slot * C, Q, rows / W,
                                      true);
                 }
+                const bool starts = head % group == 0, ends = head % group == group - 1;
+                while (!starts && added[item - 1] < k1) std::this_thread::yield();
+                float *to_k = group_k + (kv * padded_keys + k0) * C, *to_v = group_v + (kv * padded_keys + k0) * C;
+                for (int64_t t = 0; t < k1 - k0; t++)
+                    for (int64_t c = 0; c < C; c += LANES) {
+                        const int64_t at = t * C + c;
+                        Floats sum_k = load(sums_k + at), sum_v = load(sums_v + at);
+                        if (!starts) sum_k += load(to_k + at), sum_v += load(to_v + at);
+                        if (ends) {
+                            store(grad_k.at<T>(b, head / group) + (k0 + t) * grad_k.token_step + c, sum_k * root);
+                            store(grad_v.at<T>(b, head / group) + (k0 + t) * grad_v.token_step + c, sum_v);
+                        } else {
+                            store(to_k + at, sum_k);
+                            store(to_v + at, sum_v);
+                        }
+                    }
+                added[item] = k1;
             }
             for (; done < s.tokens; done += Q) write(done);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.batch * s.kv_heads * s.keys; i++) {
-            int64_t t = i % s.keys, kv = i / s.keys, b = kv / s.kv_heads, head = kv % s.kv_heads;
-            T* to_k = grad_k.at<T>(b, head) + t * grad_k.token_step;
-            T* to_v = grad_v.at<T>(b, head) + t * grad_v.token_step;
-            for (int64_t c = 0; c < C; c += LANES) {
-                Floats sum_k = {}, sum_v = {};
-                for (int64_t g = 0; g < group; g++) {
-                    int64_t from = ((b * s.heads + head * group + g) * padded_keys + t) * C + c;
-                    sum_k += load(part_k + from);
-                    sum_v += load(part_v + from);
-                }
-                store(to_k + c, sum_k * root);
-                store(to_v + c, sum_v);
-            }
         }
     }
 }
