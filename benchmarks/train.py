@@ -62,13 +62,15 @@ def main() -> None:
     threads = set_threads()
     reuse_memory()  # as every training verb does; theirs gains as well
     peak = matmul_peak(getattr(torch, args.dtype))
+    # Before the first result file is written, which would count as an edit.
+    machine = environment() | {"threads": threads, "transformers": transformers.__version__}
     ratios = {}
     for name in args.presets:
         row = measure(name, args, peak)
         ratios |= {f"{name}_{key}": round(row[key], 3) for key in NAMED}
         result = {
             "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-            "environment": environment() | {"threads": threads, "transformers": transformers.__version__},
+            "environment": machine,
             "preset": name, "dtype": args.dtype, "length": args.length,
             "pass_tokens": args.pass_tokens, "step_tokens": args.step_tokens,
             "matmul_peak_flops": peak, "figures": row,
