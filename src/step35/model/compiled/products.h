@@ -198,7 +198,7 @@ void pack_panels(const T* x, int64_t step, int64_t count, int64_t size, typename
     for (int64_t t = 0; t < count; t += W)
         for (int64_t c = 0; c < size; c += LANES) {
             const T *row = x + t * step + c, *next = t + W > count ? zeros : row + (W - 1) * step;
-            for (int64_t w = 0; w < W; w++) __builtin_prefetch(row + (AHEAD + w) * step, 0, 2);
+            for (int64_t w = 0; w < W; w++) fetch(row + (AHEAD + w) * step, LANES);
             store((float*)(out + c / COLUMNS * panel + t / W * COLUMNS + c % COLUMNS), U::neighbours(row, next));
         }
 }
