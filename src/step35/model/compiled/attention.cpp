@@ -237,6 +237,27 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                 T* y = grad_q.at<T>(b, head) + q0 * grad_q.token_step;
                 unpack_across(sums_q + q0 % ring * C, roots, std::min(Q, s.tokens - q0), C, y, grad_q.token_step);
             };
+            auto add = [&](int64_t k0, int64_t k1) {
+                const bool starts = head % group == 0, ends = head % group == group - 1;
+                float *all_k = group_k + (kv * padded_keys + k0) * C, *all_v = group_v + (kv * padded_keys + k0) * C;
+                T* to_k = grad_k.at<T>(b, head / group) + k0 * grad_k.token_step;
+                T* to_v = grad_v.at<T>(b, head / group) + k0 * grad_v.token_step;
+                while (!starts && added[item - 1] < k1) std::this_thread::yield();
+                for (int64_t t = 0; t < k1 - k0; t++)
+                    for (int64_t c = 0; c < C; c += LANES) {
+                        const int64_t at = t * C + c;
+                        Floats sum_k = load(sums_k + at), sum_v = load(sums_v + at);
+                        if (!starts) sum_k += load(all_k + at), sum_v += load(all_v + at);
+                        if (ends) {
+                            store(to_k + t * grad_k.token_step + c, sum_k * root);
+                            store(to_v + t * grad_v.token_step + c, sum_v);
+                        } else {
+                            store(all_k + at, sum_k);
+                            store(all_v + at, sum_v);
+                        }
+                    }
+                added[item] = k1;
+            };
             for (int64_t k0 = 0; k0 < s.keys; k0 += KEYS) {
                 std::fill_n((float*)sums_k, KEYS * C, 0.0f);
                 std::fill_n((float*)sums_v, KEYS * C, 0.0f);
@@ -272,23 +293,7 @@ void backward(const Shape& s, const Heads& q, const Heads& k, const Heads& v, co
                     product<U, true>(C, Q, k_head_across + r0 * D, C, slopes_across, Q, sums_q + slot * C, Q, rows / W,
                                      true);
                 }
-                const bool starts = head % group == 0, ends = head % group == group - 1;
-                while (!starts && added[item - 1] < k1) std::this_thread::yield();
-                float *to_k = group_k + (kv * padded_keys + k0) * C, *to_v = group_v + (kv * padded_keys + k0) * C;
-                for (int64_t t = 0; t < k1 - k0; t++)
-                    for (int64_t c = 0; c < C; c += LANES) {
-                        const int64_t at = t * C + c;
-                        Floats sum_k = load(sums_k + at), sum_v = load(sums_v + at);
-                        if (!starts) sum_k += load(to_k + at), sum_v += load(to_v + at);
-                        if (ends) {
-                            store(grad_k.at<T>(b, head / group) + (k0 + t) * grad_k.token_step + c, sum_k * root);
-                            store(grad_v.at<T>(b, head / group) + (k0 + t) * grad_v.token_step + c, sum_v);
-                        } else {
-                            store(to_k + at, sum_k);
-                            store(to_v + at, sum_v);
-                        }
-                    }
-                added[item] = k1;
+                add(k0, k1);
             }
             for (; done < s.tokens; done += Q) write(done);
         }
