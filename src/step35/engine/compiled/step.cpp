@@ -733,20 +733,18 @@ struct Pass {
             std::fill_n(out[i], C, 0.0f);
             top[i] = -INFINITY, totals[i] = Floats{};
         }
-        auto fetch = [&](int64_t chunk) {
+        auto fetch_chunk = [&](int64_t chunk) {
             for (int64_t block = std::max(from, chunk) / BLOCK; block * BLOCK < std::min(to, chunk + CHUNK); block++)
                 for (int64_t i = 0; i < BLOCK; i++) {
                     const int64_t place = (table[block] * BLOCK + i) * stride + kv * C;
-                    for (int64_t c = 0; c < C; c += 64 / sizeof(T)) {
-                        __builtin_prefetch(keys + place + c, 0, 2);
-                        __builtin_prefetch(values + place + c, 0, 2);
-                    }
+                    fetch(keys + place, C);
+                    fetch(values + place, C);
                 }
         };
-        fetch(from / CHUNK * CHUNK);
+        fetch_chunk(from / CHUNK * CHUNK);
         for (int64_t chunk = from / CHUNK * CHUNK; chunk < to; chunk += CHUNK) {
             const T* rows_of_values[CHUNK / BLOCK];
-            fetch(chunk + CHUNK);
+            fetch_chunk(chunk + CHUNK);
             const int start = std::max(from - chunk, int64_t(0)), stop = std::min<int64_t>(to - chunk, CHUNK);
             for (int s = start / BLOCK * BLOCK; s < stop; s += BLOCK) {
                 const int64_t block = (chunk + s) / BLOCK, place = table[block] * BLOCK * stride + kv * C;
