@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from step35.cli.shipped import SHIPPED
 from step35.data.lines import zstd
+from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
-from step35.post.sft import Conversation, read_conversations, write_conversations
+from step35.post.sft import Conversation, packed_rows, read_conversations, write_conversations
+from step35.runtime.console import Console
 
 
 def zstd_compress(content: bytes) -> bytes:
@@ -40,11 +43,11 @@ def test_tools_may_be_left_out(tmp_path: Path) -> None:
     [
         ("not json", "not JSON"),
         ('{"prompt": "hi"}', "messages"),
-        ("[1, 2]", "TypeError"),
-        ("7", "TypeError"),
+        ("[1, 2]", "no list of messages"),
+        ("7", "no list of messages"),
         ('{"messages": [', "not JSON"),
-        ('{"messages": [{"role": "developer", "content": "hi"}]}', "DataError"),
-        ('{"messages": [{"role": "user", "content": 5}]}', "DataError"),
+        ('{"messages": [{"role": "developer", "content": "hi"}]}', "developer"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "5"),
         ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": ["f"]}]}', "Error"),
         ('{"messages": [{"role": "user", "content": "hi"}], "tools": 5}', "TypeError"),
     ],
@@ -114,5 +117,21 @@ def test_no_depth_of_nesting_is_a_traceback(tmp_path: Path) -> None:
 def test_a_file_without_any_conversation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text("{}\n[]\n")
-    with pytest.raises(DataError, match=r"holds no conversation \(2 bad lines\).*'messages'"):
+    with pytest.raises(DataError, match=r"holds no conversation \(bad lines: 2\).*'messages'"):
         read_conversations(path, lambda text: None)
+
+
+def test_conversations_of_which_nothing_is_learned_or_that_are_too_long_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = Tokenizer.load(SHIPPED)
+    unanswered = Conversation([{"role": "user", "content": "hi"}], [])
+    long = Conversation([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ha" * 500}], [])
+    rows = packed_rows([GOOD, unanswered, long], tokenizer, 256, Console())
+    assert len(rows) == 1
+    assert rows[0].segments.max() == 0
+    assert rows[0].targets.any()
+    printed = capsys.readouterr().out
+    assert "1 of 3 conversations have no assistant turn: left out" in printed
+    assert "1 of 2 conversations are longer than context=256: left out" in printed
+    assert packed_rows([unanswered], tokenizer, 256, Console()) == []

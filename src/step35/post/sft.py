@@ -49,21 +49,22 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
         try:
             found.append(_conversation(record))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
-            bad.add(path, number, f"{type(error).__name__}: {error}", line)
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            bad.add(path, number, f"{kind}{error}", line)
     for quote in bad.quotes:
         warn(f"skipped: {quote}")
     if bad.count > len(bad.quotes):
         warn(f"{path}: {bad.count:,} lines skipped in all")
     if not found:
-        raise DataError(f"{path} holds no conversation ({bad.count} bad lines); each line needs a 'messages' list.")
+        raise DataError(f"{path} holds no conversation (bad lines: {bad.count}); each line needs a 'messages' list.")
     return found
 
 
 def _conversation(record: Any) -> Conversation:
     """Return the conversation of a record; raises what comes of a record that is none, or cannot be rendered."""
-    messages = record["messages"]
+    messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError("'messages' is not a list of messages")
+        raise DataError("no list of messages under 'messages'")
     conversation = Conversation(messages, record.get("tools") or [])
     chat.segments(conversation.messages, conversation.tools)
     return conversation
@@ -88,8 +89,14 @@ def fine_tune(
 def packed_rows(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, console: Console
 ) -> list[Row]:
-    """Pack conversations into rows of `context` tokens; those that are longer are left out and counted."""
-    samples = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
+    """Pack conversations into rows of `context` tokens.
+
+    Those without an assistant's turn, of which nothing is learned, and those that are longer are left out and counted.
+    """
+    encoded = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
+    samples = [(ids, targets) for ids, targets in encoded if any(targets)]
+    if len(samples) < len(encoded):
+        console.warn(f"{len(encoded) - len(samples)} of {len(encoded)} conversations have no assistant turn: left out")
     rows, left_out = pack_conversations(samples, context, tokenizer.pad_id)
     if left_out:
         console.warn(f"{left_out} of {len(samples)} conversations are longer than context={context}: left out")
