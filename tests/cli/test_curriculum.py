@@ -193,6 +193,7 @@ def test_another_recipe_in_the_same_folder_is_refused(run: Path, capsys: pytest.
         ("mixture = { sums = 1 }", "mixture = { books = 1 }", "no source is called ['books']"),
         ("mtp_joint_from = 0", "mtp_joint_from = 0\nep_groups = 5", "not divisible by ep_groups=5"),
         ("mtp_joint_from = 0", "mtp_joint_from = 2", "mtp_joint_from=2 never comes"),
+        ("mtp_joint_from = 0", "context = 4104", "context=4104 is beyond the model's max_position_embeddings=4096"),
         ('"tiny"', '"tinny"', "unknown preset 'tinny'"),
     ],
 )
@@ -209,7 +210,8 @@ def test_a_mistake_in_the_last_stage_is_said_before_anything_is_done(
 def test_too_little_validation_text_for_the_last_stage_is_said_before_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "r.toml").write_text(RECIPE + "context = 8192\nbatch_rows = 1\nmicro_rows = 1\n")
+    longer = RECIPE.replace('"tiny"', '"mini"')
+    (tmp_path / "r.toml").write_text(longer + "context = 8192\nbatch_rows = 1\nmicro_rows = 1\n")
     assert main(["curriculum", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run")]) != 0
     assert "less than one row of context=8192" in capsys.readouterr().err
     assert not (tmp_path / "run" / "1-short").exists()

@@ -16,6 +16,7 @@ from step35.post.rl.critic import make_critic
 from step35.runtime.console import Console
 from step35.runtime.machine import memory_bytes
 from step35.train.groups import Assignment, assign
+from step35.train.step import check_fit
 
 # fp32 weight, gradient and momentum under Muon; AdamW keeps one more.
 BYTES = {"muon": 12, "adamw": 16}
@@ -33,8 +34,9 @@ def describe_training(
 ) -> None:
     """Print who gets which optimiser, and what the run costs; the model is built on the meta device.
 
-    `tokens` are those of all stages, where `config` is the last one.
+    `tokens` are those of all stages, where `config` is the last one. Raises `ConfigError` where the two do not fit.
     """
+    check_fit(model_config, config)
     with torch.device("meta"):
         named = dict(Step35(model_config).named_parameters())
     table = assign(model_config, named, config.optim.kind)

@@ -175,6 +175,12 @@ def _load_moments(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> No
 
 def check_fit(model: ModelConfig, config: TrainConfig) -> None:
     """Raise `ConfigError` for settings that this model cannot be trained with."""
+    if config.context > model.max_position_embeddings:
+        raise ConfigError(
+            f"context={config.context} is beyond the model's max_position_embeddings={model.max_position_embeddings}, "
+            "at which engines end a text; choose a context up to that, or start from a checkpoint with more in its "
+            "config.json."
+        )
     joint = config.mtp_joint_from
     if joint is not None and not model.num_nextn_predict_layers:
         raise ConfigError(f"mtp_joint_from={joint}, but the model has no MTP modules; leave it out, or give it some.")
