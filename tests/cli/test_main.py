@@ -435,6 +435,17 @@ def test_fresh_deletes_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("verb", ["chat", "generate", "eval", "inspect"])
+def test_a_run_given_as_a_model_is_told_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(SHIPPED, run / "model")
+    (run / "config.json").write_text('{"steps": 3}')
+    assert f"{run} is a run directory; its checkpoint is {run / 'model'}." in message_of(capsys, [verb, str(run)])
+
+
 def test_a_run_refuses_another_preset_or_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from step35.cli.stages import check_inputs
     from step35.errors import ConfigError

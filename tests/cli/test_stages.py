@@ -91,6 +91,7 @@ def test_a_damaged_done_file_is_none(tmp_path: Path, content: str, capsys: pytes
 def test_damaged_inputs_are_named(tmp_path: Path, content: str) -> None:
     run = RunDir(tmp_path)
     (tmp_path / "inputs.json").write_text(content)
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"inputs\.json is damaged.* delete that file if it was preset=small"):
         stage(run, EvalConfig(), lambda: {"made": 1}, Console(), preset="small")
     assert not (tmp_path / "done.json").exists()
@@ -124,3 +125,25 @@ def test_a_moved_run_is_still_done(tmp_path: Path) -> None:
         RunDir(tmp_path / "b" / "run"), EvalConfig(), lambda: {"made": 2}, Console(), text=tmp_path / "b" / "source.txt"
     )
     assert again["made"] == 1
+
+
+def test_a_start_that_failed_before_anything_was_computed_binds_nobody(tmp_path: Path) -> None:
+    run, console = RunDir(tmp_path / "run"), Console(tmp_path / "run" / "console.log")
+    first, second = EvalConfig(problems=3), EvalConfig(problems=4)
+
+    def fail() -> dict[str, object]:
+        raise ConfigError("no such model")
+
+    def fail_late() -> dict[str, object]:
+        run.metrics.log(1, loss=1.0)
+        return fail()
+
+    with pytest.raises(ConfigError, match="no such model"):
+        stage(run, first, fail, console, model=tmp_path / "a")
+    with pytest.raises(ConfigError, match="no such model"):
+        stage(run, second, fail_late, console, model=tmp_path / "b")
+    with pytest.raises(ConfigError, match="problems: 4 in the folder, 3 now"):
+        stage(run, first, fail, console, model=tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"model='\.\./b', not '\.\./a'"):
+        stage(run, second, fail, console, model=tmp_path / "a")
+    stage(run, second, dict, console, model=tmp_path / "b")

@@ -66,8 +66,8 @@ def stage(
 ) -> dict[str, Any]:
     """Do `work` in `run` unless it is done; return its result with the seconds it took.
 
-    A run made with other settings or from other `inputs` is refused with `ConfigError`, one that another process
-    is at with `RunLockedError`.
+    A run made with other settings or from other `inputs` is refused with `ConfigError`, unless nothing was computed
+    yet, one that another process is at with `RunLockedError`.
     """
     with locked(run.path):
         return _stage(run, config, work, console, inputs)
@@ -77,7 +77,10 @@ def _stage(
     run: RunDir, config: Config, work: Callable[[], dict[str, Any]], console: Console, inputs: Mapping[str, str | Path]
 ) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"out"})
-    run.check_config(settings)
+    if run.begun:
+        run.check_config(settings)
+    else:
+        (run.path / "inputs.json").unlink(missing_ok=True)  # of a start that failed
     check_inputs(run, inputs)
     finished = run.path / DONE
     if done := read_record(finished):

@@ -253,9 +253,8 @@ class ModelConfig(Config):
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); fetch or export the checkpoint again.") from None
-        for inner in ("export", "model"):
-            if isinstance(values, dict) and "hidden_size" not in values and (path.parent / inner).is_dir():
-                raise CheckpointError(f"{folder} is a run directory; its checkpoint is {path.parent / inner}.")
+        if isinstance(values, dict) and "hidden_size" not in values:
+            refuse_run(path.parent)
         return cls.from_released(values)
 
 
@@ -278,6 +277,13 @@ _CONSTANT_KEYS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_rope_layers": [],
 }
+
+
+def refuse_run(folder: Path) -> None:
+    """Raise `CheckpointError`, which names the checkpoint, for a run directory that holds one."""
+    for inner in ("export", "model"):
+        if (folder / inner / "config.json").is_file():
+            raise CheckpointError(f"{folder} is a run directory; its checkpoint is {folder / inner}.")
 
 
 def _refuse_variants(other: dict[str, Any]) -> None:

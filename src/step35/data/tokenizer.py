@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from step35.config.model import refuse_run
 from step35.data.chat import chat_template
 from step35.errors import CheckpointError, ConfigError
 from step35.runtime.disk import disk_errors, write_text
@@ -118,6 +119,7 @@ class Tokenizer:
         """Read a checkpoint folder; raise `CheckpointError` when it holds no usable tokenizer.json."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
+            refuse_run(path.parent)
             raise CheckpointError(
                 f"no tokenizer.json in '{folder}'; give a checkpoint folder (config.json, tokenizer.json, "
                 "*.safetensors), or make a tokenizer with train_tokenizer and save it there."

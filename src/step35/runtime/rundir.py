@@ -23,6 +23,9 @@ FREE = {"checkpoints", "track", "stability"}
 """Settings that a resumed run may change: how it is saved, who is shown its metrics, and what follows from an alarm,
 which is the remedy that a stopped run asks for."""
 
+OF_A_START = {"architecture", "config.json", "console.log", "env.json", "events.jsonl", "inputs.json", "lock"}
+"""What a run leaves that fails before anything is computed."""
+
 
 class RunDir:
     """One run on disk. Creating the object creates the folder."""
@@ -68,6 +71,11 @@ class RunDir:
     def write_env(self) -> Path:
         """Write versions, hardware and commit."""
         return self.write_json("env.json", environment())
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was computed here, which depends on the settings and the inputs."""
+        return not OF_A_START.issuperset(path.name for path in self.path.iterdir())
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Raise `ConfigError` if the folder holds a run with other settings than `config`.
