@@ -3,8 +3,9 @@
 Measured at each length T: prefill (logits at all positions) and training (loss and gradients; no optimiser, no MTP) in
 tokens/s. A pass holds 4,096 tokens, or one sequence where that is longer, so that T changes attention alone and not how
 many rows the other products have. Shares of time are taken from passes with marks at the borders of a part: the
-sliding layers' attention as a whole (projections, norms, rotation, scores and sums, gate), its scores and sums alone
-("kernel"), and those of all layers; what remains then is held against the measured peak of matrix products.
+sliding layers' attention as a whole (projections, norms, rotation, scores and sums, gate), also as a share of all
+layers' attention, its scores and sums alone ("kernel"), and those of all layers; what remains then is held against the
+measured peak of matrix products.
 
 At T = 512 a query of `mini` sees 256 keys on average and 480 at 4,096, so the kernel's own share rises between them by
 the sum alone. The shares are therefore taken a second time ("narrow"), the window at most a quarter of the shortest T.
@@ -52,6 +53,7 @@ RATIOS = (
     "forward_ratio",
     "sliding_attention_share",
     "sliding_kernel_share",
+    "sliding_share_of_attention",
     "narrow_sliding_attention_share",
     "narrow_sliding_kernel_share",
     "non_attention_of_peak",
@@ -235,6 +237,7 @@ def measure_shares(model: Step35, tokens: Tensor, seconds: float, window: int | 
     return {
         "sliding_attention_share": share["sliding"],
         "sliding_kernel_share": share["sliding kernel"],
+        "sliding_share_of_attention": share["sliding"] / (share["sliding"] + share["full"]),
         "kernel_share": share["sliding kernel"] + share["full kernel"],
         "sliding_kernel_s_per_token": clock.seconds["sliding kernel"] / (passes * tokens.numel()),
     }
@@ -284,7 +287,7 @@ def show(rows: list[dict[str, float]], console: Console) -> None:
     speeds = [(f"{int(row['length']):,}", *pair(row, "forward"), *pair(row, "training")) for row in rows]
     console.table("ours and transformers, tokens/s", heads, speeds)
     shares = (*(name for name in RATIOS if "share" in name), "kernel_share", "non_attention_of_peak")
-    heads = ["T", "SWA", "its kernel", "narrow SWA", "its kernel", "all kernels", "rest of the peak"]
+    heads = ["T", "SWA", "its kernel", "of attention", "narrow SWA", "its kernel", "all kernels", "rest of the peak"]
     of_pass = [(f"{int(row['length']):,}", *(f"{row[name]:.1%}" for name in shares)) for row in rows]
     console.table("a training pass of ours", heads, of_pass)
 
