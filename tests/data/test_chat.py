@@ -87,6 +87,12 @@ def test_json_text_is_accepted_as_arguments() -> None:
             chat.render(conversation(bad))
 
 
+@pytest.mark.parametrize("messages", ["hi", ["hi"], [[{"role": "user", "content": "hi"}]]])
+def test_messages_that_are_none_are_named(messages: Any) -> None:
+    with pytest.raises(DataError, match=r"messages\[0\] is .*h.*; a message is a dictionary with 'role' and 'content'"):
+        chat.render(messages)
+
+
 def test_unknown_role_and_content_are_named() -> None:
     with pytest.raises(DataError, match=r"messages\[0\].*'robot'"):
         chat.render([{"role": "robot", "content": ""}])

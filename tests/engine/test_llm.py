@@ -18,6 +18,7 @@ from step35.data.tokenizer import Tokenizer, train_tokenizer
 from step35.engine.engine import News
 from step35.engine.llm import LLM
 from step35.engine.request import Request
+from step35.errors import ConfigError
 from step35.model.step35 import Step35
 from step35.model.weights import save_model
 
@@ -56,6 +57,21 @@ def test_completions_carry_their_text_without_special_tokens(
 def test_each_prompt_has_its_own_parameters(llm: LLM) -> None:
     many = [replace(GREEDY, max_tokens=n, ignore_eos=True) for n in (2, 5)]
     assert [len(c.token_ids) for c in llm.generate(["the", "fox"], many)] == [2, 5]
+
+
+def test_ids_may_be_of_torch(llm: LLM) -> None:
+    assert llm.generate(torch.tensor([[5, 6, 7]]), GREEDY) == llm.generate([[5, 6, 7]], GREEDY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [[None], [5, 6], [["the"]], [[1.5]]])
+def test_a_prompt_that_is_none_is_named(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(ConfigError, match="a prompt is .*; give a text, or a list of token ids"):
+        llm.generate(prompts, GREEDY)
+
+
+def test_parameters_are_one_or_as_many_as_prompts(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="3 prompts, but 2 sampling params; give one for all, or one for each"):
+        llm.generate(["a", "b", "c"], [GREEDY, GREEDY])
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
@@ -201,6 +217,13 @@ def test_a_checkpoint_folder_gives_the_same_model(llm: LLM, tokenizer: Tokenizer
     loaded = LLM(tmp_path)
     assert loaded.engine.eos_ids == llm.engine.eos_ids
     assert loaded.generate("the quick", GREEDY) == llm.generate("the quick", GREEDY)
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert LLM(tmp_path, dtype=dtype).model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_an_unknown_quantization_is_refused(model: Step35, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="quantization='int4' is unknown; choose none or int8"):
+        LLM(model=model, tokenizer=tokenizer, quantization="int4")  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_tokenizer_is_refused(model: Step35) -> None:

@@ -33,6 +33,22 @@ def test_row_t_of_module_k_has_seen_tokens_up_to_t_plus_1_plus_k(make_model: Mak
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_text_may_be_shorter_than_the_modules_look_ahead(make_model: Make, tokens: Tensor, length: int) -> None:
+    model = grow_mtp(make_model(), 3)
+    whole, short = model(tokens, mtp=True), model(tokens[:, :length], mtp=True)
+    for k, logits in enumerate(short.mtp_logits):
+        assert logits.shape == (1, length, 97)
+        seen = max(0, length - 1 - k)  # rows whose tokens are all there
+        torch.testing.assert_close(logits[:, :seen], whole.mtp_logits[k][:, :seen])
+
+
+def test_tokens_of_another_shape_are_refused(make_model: Make, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"tokens have shape \(12,\); give \(B, T\)"):
+        make_model()(tokens[0])
+
+
+@torch.no_grad()
 def test_states_before_the_norms_flow_from_trunk_to_module_to_module(make_model: Make, tokens: Tensor) -> None:
     model = make_model()
     last: list[Tensor] = []

@@ -132,6 +132,6 @@ def test_conversations_of_which_nothing_is_learned_or_that_are_too_long_are_left
     assert rows[0].segments.max() == 0
     assert rows[0].targets.any()
     printed = capsys.readouterr().out
-    assert "1 of 3 conversations have no assistant turn: left out" in printed
+    assert "1 of 3 conversations have no assistant turn behind their last query: left out" in printed
     assert "1 of 2 conversations are longer than context=256: left out" in printed
     assert packed_rows([unanswered], tokenizer, 256, Console()) == []

@@ -100,6 +100,11 @@ def segments(
     A generated piece runs from behind `<think>\\n` to `<|im_end|>` inclusive. Assistant turns before the last
     user query are given text: they are printed without the thinking that led to them.
     """
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(
+                f"messages[{index}] is {message!r:.80}; a message is a dictionary with 'role' and 'content'."
+            )
     pieces = [(bos_token, False), *_turns(messages, tools)]
     if add_generation_prompt:
         pieces.append((GENERATION_PROMPT, False))

@@ -94,6 +94,10 @@ class Engine:
         With `stream_text`, `Request.text` has the text so far, special tokens included.
         """
         many = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(prompts):
+            raise ConfigError(
+                f"{len(prompts)} prompts, but {len(many)} sampling params; give one for all, or one for each."
+            )
         return [self._request(p, s, stream_text) for p, s in zip(prompts, many, strict=True)]
 
     def add(self, request: Request) -> None:

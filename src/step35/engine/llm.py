@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from step35.engine.engine import Engine
 from step35.engine.int8 import quantise
 from step35.engine.request import Request
 from step35.engine.stop_text import StopText
+from step35.errors import ConfigError
 from step35.model.context import Context
 from step35.model.step35 import Step35
 from step35.model.weights import load_model
@@ -39,13 +41,15 @@ class LLM:
         *,
         model: Step35 | None = None,
         tokenizer: Tokenizer | None = None,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str = "cpu",
         quantization: Literal["none", "int8"] = "none",
         max_batch: int = 64,
         max_context: int | None = None,
         **options: Any,
     ) -> None:
+        if quantization not in ("none", "int8"):
+            raise ConfigError(f"quantization={quantization!r} is unknown; choose none or int8.")
         if path is not None:
             model, tokenizer = load_model(path, dtype=dtype, device=device), load_tokenizer(path)
         if model is None or tokenizer is None:
@@ -65,7 +69,10 @@ class LLM:
     def generate(
         self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Continue each prompt (text, or token ids); text prompts get the BOS token in front."""
+        """Continue each prompt (text, or token ids); text prompts get the BOS token in front.
+
+        `params` are those of all prompts, or one for each. Raises `ConfigError` for what this model cannot do.
+        """
         many = [prompts] if isinstance(prompts, str) else prompts
         requests = self.engine.create([self._ids(p) for p in many], params or SamplingParams())
         completions = self.engine.generate(requests)
@@ -77,7 +84,10 @@ class LLM:
         tools: list[ToolSchema] | None = None,
         params: SamplingParams | None = None,
     ) -> Message:
-        """Return the next assistant message, reasoning and tool calls parsed."""
+        """Return the next assistant message, reasoning and tool calls parsed.
+
+        Raises `DataError` for messages that are no conversation.
+        """
         prompt = chat.encode_prompt(self.tokenizer, messages, tools)
         [completion] = self.generate([prompt], params)
         return chat.parse(completion.text, tools)
@@ -116,7 +126,12 @@ class LLM:
         return self.tokenizer.decode(list(completion.token_ids), skip_special=True)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        try:
+            return [index(token) for token in prompt]
+        except TypeError:
+            raise ConfigError(f"a prompt is {prompt!r:.80}; give a text, or a list of token ids.") from None
 
 
 def score_one(model: Step35, ids: Sequence[int]) -> list[float]:

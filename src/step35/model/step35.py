@@ -84,13 +84,18 @@ class Step35(nn.Module):
         """
         states: list[Tensor] = []
         for k, module in enumerate(self.mtp[:modules]):
-            ahead_BT = F.pad(tokens_BT[:, k + 1 :], (0, k + 1))
+            ahead_BT = F.pad(tokens_BT, (0, k + 1))[:, k + 1 :]
             h_BTD = module(self.embed(ahead_BT), h_BTD, context)
             states.append(h_BTD)
         return states
 
     def forward(self, tokens_BT: Tensor, mtp: bool = False, segments_BT: Tensor | None = None) -> Output:
-        """Return logits for whole sequences; `segments_BT` (document numbers) keeps packed documents apart."""
+        """Return logits for whole sequences; `segments_BT` (document numbers) keeps packed documents apart.
+
+        Raises ValueError for tokens of another shape than (B, T).
+        """
+        if tokens_BT.dim() != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}; give (B, T), one sequence as (1, T).")
         context = Context.packed(tokens_BT, segments_BT)
         h_BTD = self.trunk(tokens_BT, context)
         states = self.mtp_states(tokens_BT, h_BTD, context) if mtp else []

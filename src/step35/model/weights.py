@@ -33,7 +33,9 @@ FORMATS = (*DTYPES, "float8")
 """What a checkpoint may be written in; "float8" is the block-quantised FP8 format of `model/fp8.py`."""
 
 
-def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu", mtp: int | None = None) -> Step35:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", mtp: int | None = None
+) -> Step35:
     """Load a checkpoint folder in the released layout, or a .gguf file; router weights and biases stay fp32.
 
     A training run (its newest checkpoint) or a checkpoint of it, `checkpoints/step_N`, will do, too.
@@ -144,8 +146,9 @@ def released_config(config: ModelConfig, dtype: str) -> dict[str, object]:
     return {**values, "torch_dtype": "bfloat16", "quantization_config": quantisation_config(names)}
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """Return the torch dtype called `name`; raise `CheckpointError` for one that checkpoints do not use here."""
+def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype of a name or of itself; raise `CheckpointError` for one not used in checkpoints here."""
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise CheckpointError(f"dtype='{name}' is not supported; choose one of {', '.join(DTYPES)}.")
     return DTYPES[name]

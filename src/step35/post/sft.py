@@ -63,7 +63,7 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
 def _conversation(record: Any) -> Conversation:
     """Return the conversation of a record; raises what comes of a record that is none, or cannot be rendered."""
     messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list):
         raise DataError("no list of messages under 'messages'")
     conversation = Conversation(messages, record.get("tools") or [])
     chat.segments(conversation.messages, conversation.tools)
@@ -91,12 +91,16 @@ def packed_rows(
 ) -> list[Row]:
     """Pack conversations into rows of `context` tokens.
 
-    Those without an assistant's turn, of which nothing is learned, and those that are longer are left out and counted.
+    Those without an assistant's turn behind the last query, of which nothing is learned, and those that are longer
+    are left out and counted.
     """
     encoded = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
     samples = [(ids, targets) for ids, targets in encoded if any(targets)]
     if len(samples) < len(encoded):
-        console.warn(f"{len(encoded) - len(samples)} of {len(encoded)} conversations have no assistant turn: left out")
+        console.warn(
+            f"{len(encoded) - len(samples)} of {len(encoded)} conversations have no assistant turn behind their last "
+            "query: left out"
+        )
     rows, left_out = pack_conversations(samples, context, tokenizer.pad_id)
     if left_out:
         console.warn(f"{left_out} of {len(samples)} conversations are longer than context={context}: left out")
