@@ -58,11 +58,12 @@ def test_streams_join_to_the_completion_and_equal_generate(llm: AsyncLLM, tokeni
 def test_what_a_slow_reader_has_not_read_yet_comes_at_once(llm: AsyncLLM, tokenizer: Tokenizer) -> None:
     async def run() -> list[Update]:
         updates = []
-        async for update in llm.stream(tokenizer.encode("the"), params(0)):
+        async for update in llm.stream(tokenizer.encode("the"), params(0, 500)):
             updates.append(update)
             if len(updates) == 1:
                 while llm.statistics().get("finished", 0) < 1:  # the event loop stands still
                     time.sleep(0.001)
+                llm._call(bool).result()  # done by the engine's thread once the last pass has been sent
         return updates
 
     updates = asyncio.run(run())

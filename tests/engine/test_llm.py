@@ -65,7 +65,7 @@ def test_ids_may_be_of_torch(llm: LLM) -> None:
 
 @pytest.mark.parametrize("prompts", [[None], [5, 6], [["the"]], [[1.5]]])
 def test_a_prompt_that_is_none_is_named(llm: LLM, prompts: Any) -> None:
-    with pytest.raises(ConfigError, match="a prompt is .*; give a text, or a list of token ids"):
+    with pytest.raises(ConfigError, match=r"a prompt is .*; give a text, or a list of token ids"):
         llm.generate(prompts, GREEDY)
 
 
