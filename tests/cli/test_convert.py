@@ -48,7 +48,40 @@ def test_a_gguf_file_keeps_its_tokenizer_and_speaks(micro_checkpoint: Path, tmp_
     assert cli.main(["convert", str(micro_checkpoint), str(file), "--to", "gguf", "--dtype", "q8_0"]) == 0
     assert cli.main(["convert", str(file), str(tmp_path / "back")]) == 0
     text = "What is 12 * 7? <think>"
-    assert load_tokenizer(tmp_path / "back").encode(text) == load_tokenizer(micro_checkpoint).encode(text)
+    expected = load_tokenizer(micro_checkpoint).encode(text)
+    assert load_tokenizer(tmp_path / "back").encode(text) == load_tokenizer(file).encode(text) == expected
+
+
+def test_what_can_be_converted_can_be_used_as_it_is(
+    micro_checkpoint: Path, run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    assert cli.main(["convert", str(micro_checkpoint), str(file), "--to", "gguf", "--dtype", "float32"]) == 0
+    checkpoint.save(run.checkpoints, 1, {"step": 1, "model": load_model(micro_checkpoint).state_dict()})
+    answers = []
+    capsys.readouterr()
+    greedy = ["--prompt", "What is", "--max-tokens", "12", "--temperature", "0"]
+    for path in (micro_checkpoint, file, run.path, run.checkpoints / "step_1"):
+        assert cli.main(["generate", str(path), *greedy]) == 0
+        answers.append(capsys.readouterr().out.rsplit("[", 1)[0])
+    assert len(set(answers)) == 1
+    figures = []
+    for path in (micro_checkpoint, file):
+        assert cli.main(["inspect", str(path), "--json"]) == 0
+        figures.append(capsys.readouterr().out)
+    assert figures[0] == figures[1]
+
+
+def test_a_checkpoint_without_the_tensors_of_its_modules_is_used_with_mtp_0(
+    micro_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = tmp_path / "trunk"
+    assert cli.main(["convert", str(micro_checkpoint), str(trunk), "--mtp", "0"]) == 0
+    shutil.copy(micro_checkpoint / "config.json", trunk)  # which names two modules
+    arguments = ["generate", str(trunk), "--prompt", "What", "--max-tokens", "3"]
+    assert cli.main(arguments) != 0
+    assert "load with mtp=0 (--mtp 0) to do without" in capsys.readouterr().err
+    assert cli.main([*arguments, "--mtp", "0"]) == 0
 
 
 @pytest.mark.parametrize(

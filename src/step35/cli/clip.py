@@ -26,7 +26,7 @@ class Args(Config):
     """What to clip, by which text, and where to write it."""
 
     path: tyro.conf.Positional[Path]
-    """Checkpoint folder in the released layout."""
+    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint)."""
     out: tyro.conf.Positional[Path]
     """Folder to write; must not exist."""
     tau: float = Field(gt=0)

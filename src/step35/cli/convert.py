@@ -51,6 +51,7 @@ class Args(Config):
 
 def main(args: Args) -> int:
     """Check the source, write, and check what was written."""
+    from step35.data.tokenizer import load_tokenizer
     from step35.model.layout import released_parts
     from step35.model.tensors import Watched
     from step35.model.weights import open_checkpoint
@@ -58,7 +59,7 @@ def main(args: Args) -> int:
 
     _check_target(args)
     config, source = open_checkpoint(args.path, mtp=args.mtp)
-    tokenizer = _tokenizer(args.path, config, source)
+    tokenizer = load_tokenizer(args.path)
     with Console().stage(f"convert to {args.to}", len(list(released_parts(config))), "tensor") as shown:
         _write(args, config, Watched(source, shown.advance), tokenizer)
     open_checkpoint(args.out)
@@ -109,19 +110,3 @@ def _write(args: Args, config: ModelConfig, source: Tensors, tokenizer: Tokenize
         from step35.cli.stages import publish_tensors
 
         publish_tensors(source, config, tokenizer, args.out, dtype=args.dtype)
-
-
-def _tokenizer(path: Path, config: ModelConfig, source: Tensors) -> Tokenizer:
-    """Return the tokenizer of a source, or that inside a GGUF file (beside it if its rule is unknown)."""
-    from step35.data.gguf_vocabulary import RULES, tokenizer_from_keys
-    from step35.data.tokenizer import load_tokenizer
-    from step35.model.gguf import GGUFTensors
-    from step35.model.weights import architecture, training_checkpoint
-
-    if step := training_checkpoint(path):
-        return load_tokenizer(architecture(step))
-    if not isinstance(source, GGUFTensors):
-        return load_tokenizer(path)
-    if source.metadata.get("tokenizer.ggml.pre") not in RULES and path.with_name("tokenizer.json").is_file():
-        return load_tokenizer(path.parent)
-    return tokenizer_from_keys(source.metadata, config)

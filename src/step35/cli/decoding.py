@@ -20,7 +20,8 @@ class Decoding(Config):
     """A model, and how to sample from it."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout; by default, the small model that comes with the package."""
+    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint); by default, the
+    small model that comes with the package."""
     max_tokens: int = Field(default=256, ge=1)
     """Most tokens to generate at a time."""
     temperature: float = Field(default=0.0, ge=0)
@@ -43,6 +44,8 @@ class Decoding(Config):
     """Seed of the sampling; without one, each call differs above temperature 0."""
     speculate: int | None = Field(default=None, ge=0)
     """MTP drafts a step; by default as many as the model has modules. The text is the same with any number."""
+    mtp: int | None = Field(default=None, ge=0)
+    """Load only the first so many MTP modules; 0 for a checkpoint without their tensors. All, if not given."""
     draft_vocabulary: int | None = Field(default=None, ge=1)
     """Choose drafts among the first so many token ids, the commonest of a byte-pair vocabulary; by default among all.
     Drafting reads less then, and the text stays the same."""
@@ -62,6 +65,7 @@ class Decoding(Config):
             self.path,
             dtype=self.dtype,
             quantization=self.quantization,
+            mtp=self.mtp,
             max_batch=1,
             max_context=self.max_context,
             draft_vocabulary=self.draft_vocabulary,

@@ -14,7 +14,7 @@ class Args(EvalConfig):
     """What to measure."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout."""
+    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint)."""
     out: Path = Path("runs/eval")
     """Run directory; results are in its eval.json."""
     dry_run: bool = False

@@ -36,7 +36,8 @@ class Args(Config):
     """Which model, at which lengths, and what else to show."""
 
     model: tyro.conf.Positional[str] = "flash"
-    """A preset (tiny, mini, 30b-a3b, 100b-a10b, flash, or scale-N with N trunk layers), or a checkpoint folder."""
+    """A preset (tiny, mini, 30b-a3b, 100b-a10b, flash, or scale-N with N trunk layers), a checkpoint folder, or a
+    .gguf file."""
     context: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 32_768, 131_072, 262_144)
     """Lengths to cost, in tokens."""
     weights: Format = "bfloat16"
@@ -96,11 +97,15 @@ def main(args: Args) -> int:
 
 
 def model_config(name: str) -> ModelConfig:
-    """Return a preset's config or that of a checkpoint folder."""
+    """Return a preset's config, or that of a checkpoint folder or .gguf file."""
     if is_preset(name):
         return preset(name)
+    if name.endswith(".gguf"):
+        from step35.model.gguf import GGUFTensors
+
+        return GGUFTensors(Path(name)).config()
     if not Path(name).is_dir():
-        raise ConfigError(f"'{name}' is neither a preset ({PRESET_NAMES}) nor a folder.")
+        raise ConfigError(f"'{name}' is neither a preset ({PRESET_NAMES}) nor a folder or .gguf file.")
     return ModelConfig.read(name)
 
 

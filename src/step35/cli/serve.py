@@ -22,7 +22,8 @@ class Args(ServeSettings):
     """What to serve, and where."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout; by default, the small model that comes with the package."""
+    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint); by default, the
+    small model that comes with the package."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -34,6 +35,8 @@ class Args(ServeSettings):
     quantization: Literal["none", "int8"] = "none"
     """int8 rounds the matrices to 8 bits once they are loaded: a quarter of the memory of float32, and answers that may
     differ a little. For vllm, name its own in vllm.args."""
+    mtp: int | None = Field(default=None, ge=0)
+    """Load only the first so many MTP modules; 0 for a checkpoint without their tensors. All, if not given."""
     backend: Literal["step35", "vllm"] = "step35"
     """What serves: our own engine, or vLLM, for many GPUs; it needs a vLLM installation."""
     vllm: VllmSettings = VllmSettings()
@@ -68,7 +71,7 @@ def become_vllm(args: Args) -> int:
         host=args.host,
         port=args.port,
         dtype=args.dtype,
-        mtp_modules=modules,
+        mtp_modules=modules if args.mtp is None else min(args.mtp, modules),
     )
     run(command(target, settings(args), args.vllm))
     return 0
@@ -91,6 +94,7 @@ def serve_here(args: Args) -> int:
         args.path,
         dtype=dtype,
         quantization=args.quantization,
+        mtp=args.mtp,
         max_batch=args.max_concurrent,
         max_context=args.max_context,
         adaptive_depth=args.adaptive_depth,

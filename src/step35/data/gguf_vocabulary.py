@@ -7,6 +7,7 @@ the release's, or those of tokenizers trained here.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -16,6 +17,7 @@ from step35.config.model import ModelConfig
 from step35.data.chat import chat_template
 from step35.data.tokenizer import Tokenizer
 from step35.errors import CheckpointError, ConfigError
+from step35.model.gguf import GGUFTensors
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """GGUF's token types: control tokens are special, user-defined ones are matched in text but shown."""
@@ -75,6 +77,14 @@ def vocabulary_keys(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": chat_template(),
     }
+
+
+def load_gguf_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer inside a .gguf file, or beside it if its rule is not known."""
+    file = GGUFTensors(path)
+    if file.metadata.get("tokenizer.ggml.pre") not in RULES and path.with_name("tokenizer.json").is_file():
+        return Tokenizer.load(path.parent)
+    return tokenizer_from_keys(file.metadata, file.config())
 
 
 def tokenizer_from_keys(keys: dict[str, Any], config: ModelConfig) -> Tokenizer:

@@ -132,7 +132,20 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder; see `Tokenizer.load`."""
+    """Load the tokenizer of what `load_model` loads; see `Tokenizer.load`.
+
+    That is a checkpoint folder, a .gguf file, a training run or one checkpoint of it.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from step35.data.gguf_vocabulary import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(path)
+    if not (path / "tokenizer.json").is_file():
+        from step35.model.weights import architecture, training_checkpoint
+
+        if step := training_checkpoint(path):
+            return Tokenizer.load(architecture(step))
     return Tokenizer.load(path)
 
 

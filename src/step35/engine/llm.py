@@ -29,8 +29,9 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """Load a checkpoint folder, or wrap a model and tokenizer that are already in memory.
+    """Load what `load_model` loads (a checkpoint folder, a .gguf file), or wrap a model and tokenizer in memory.
 
+    `mtp` loads only the first so many MTP modules; 0 does without the tensors of any.
     `quantization="int8"` rounds the matrices of the model, in place, to 8 bits: see `engine/int8.py`.
     `options` go to `Engine`: `cache_tokens`, `max_pass_tokens`, `adaptive_depth`, `draft_vocabulary`.
     """
@@ -44,6 +45,7 @@ class LLM:
         dtype: str | torch.dtype = "float32",
         device: str = "cpu",
         quantization: Literal["none", "int8"] = "none",
+        mtp: int | None = None,
         max_batch: int = 64,
         max_context: int | None = None,
         **options: Any,
@@ -51,7 +53,8 @@ class LLM:
         if quantization not in ("none", "int8"):
             raise ConfigError(f"quantization={quantization!r} is unknown; choose none or int8.")
         if path is not None:
-            model, tokenizer = load_model(path, dtype=dtype, device=device), load_tokenizer(path)
+            model = load_model(path, dtype=dtype, device=device, mtp=mtp)
+            tokenizer = load_tokenizer(path)
         if model is None or tokenizer is None:
             raise ValueError("LLM needs a checkpoint folder, or both model= and tokenizer=")
         if quantization == "int8":
