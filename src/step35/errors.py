@@ -20,6 +20,10 @@ class CheckpointError(Step35Error):
     """A folder that is not a checkpoint, or one with missing, misshapen or truncated tensors."""
 
 
+class HubError(CheckpointError):
+    """An address on the hub that is none, does not exist, or cannot be reached."""
+
+
 class DataError(Step35Error):
     """Input data that cannot be used at all (single bad files are skipped and counted instead)."""
 

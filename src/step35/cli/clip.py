@@ -26,7 +26,8 @@ class Args(Config):
     """What to clip, by which text, and where to write it."""
 
     path: tyro.conf.Positional[Path]
-    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint)."""
+    """Checkpoint folder in the released layout, .gguf file, training run (its newest checkpoint), or hf://ORG/NAME
+    on the hub."""
     out: tyro.conf.Positional[Path]
     """Folder to write; must not exist."""
     tau: float = Field(gt=0)

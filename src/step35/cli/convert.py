@@ -37,7 +37,7 @@ class Args(Config):
 
     path: tyro.conf.Positional[Path]
     """Checkpoint folder in the released layout (also FP8), such as runs/demo/rl/model; a .gguf file; a training run
-    such as runs/train, or one checkpoint of it, such as runs/train/checkpoints/step_100."""
+    such as runs/train, or one checkpoint of it, such as runs/train/checkpoints/step_100; hf://ORG/NAME on the hub."""
     out: tyro.conf.Positional[Path]
     """Folder to write; with --to gguf, a file that ends in .gguf."""
     to: Literal["safetensors", "gguf"] = "safetensors"

@@ -20,8 +20,8 @@ class Decoding(Config):
     """A model, and how to sample from it."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint); by default, the
-    small model that comes with the package."""
+    """Checkpoint folder in the released layout, .gguf file, training run (its newest checkpoint), or hf://ORG/NAME
+    on the hub; by default, the small model that comes with the package."""
     max_tokens: int = Field(default=256, ge=1)
     """Most tokens to generate at a time."""
     temperature: float = Field(default=0.0, ge=0)

@@ -14,7 +14,8 @@ class Args(EvalConfig):
     """What to measure."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint)."""
+    """Checkpoint folder in the released layout, .gguf file, training run (its newest checkpoint), or hf://ORG/NAME
+    on the hub."""
     out: Path = Path("runs/eval")
     """Run directory; results are in its eval.json."""
     dry_run: bool = False

@@ -25,6 +25,7 @@ from step35.config.roofline import Setup
 from step35.config.scale import LAWS, scale_layers, suggest_training
 from step35.config.table8 import Entry, entries
 from step35.errors import ConfigError
+from step35.runtime.hub import fetched
 
 NEEDS_HARDWARE = ("gpus", "acceptance", "flops", "bandwidth", "batch", "collective_us")
 
@@ -36,8 +37,8 @@ class Args(Config):
     """Which model, at which lengths, and what else to show."""
 
     model: tyro.conf.Positional[str] = "flash"
-    """A preset (tiny, mini, 30b-a3b, 100b-a10b, flash, or scale-N with N trunk layers), a checkpoint folder, or a
-    .gguf file."""
+    """A preset (tiny, mini, 30b-a3b, 100b-a10b, flash, or scale-N with N trunk layers), a checkpoint folder, a .gguf
+    file, or an address on the hub (hf://ORG/NAME)."""
     context: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 32_768, 131_072, 262_144)
     """Lengths to cost, in tokens."""
     weights: Format = "bfloat16"
@@ -97,16 +98,17 @@ def main(args: Args) -> int:
 
 
 def model_config(name: str) -> ModelConfig:
-    """Return a preset's config, or that of a checkpoint folder or .gguf file."""
+    """Return a preset's config, or that of a checkpoint folder or .gguf file, here or on the hub."""
     if is_preset(name):
         return preset(name)
-    if name.endswith(".gguf"):
+    path = fetched(name, files=["config.json"])
+    if path.suffix == ".gguf":
         from step35.model.gguf import GGUFTensors
 
-        return GGUFTensors(Path(name)).config()
-    if not Path(name).is_dir():
+        return GGUFTensors(path).config()
+    if not path.is_dir():
         raise ConfigError(f"'{name}' is neither a preset ({PRESET_NAMES}) nor a folder or .gguf file.")
-    return ModelConfig.read(name)
+    return ModelConfig.read(path)
 
 
 def examine(config: ModelConfig, args: Args) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class Args(RLConfig):
     out: Path = Path("runs/rl")
     """Run directory; the finished model lies in its model/ folder."""
     model: Path = Path("runs/sft/model")
-    """Checkpoint to start from, in the released layout."""
+    """Checkpoint to start from: a folder in the released layout, a .gguf file, a training run, or hf://ORG/NAME."""
     dry_run: bool = False
     """Print the resolved settings, memory and the number of rollouts, and stop."""
 
@@ -29,17 +29,18 @@ def main(args: Args) -> int:
     from step35.config.model import ModelConfig
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
+    from step35.runtime.hub import fetched
     from step35.runtime.rundir import RunDir
 
     config = RLConfig.model_validate(args.model_dump(include=set(RLConfig.model_fields)))
     if args.dry_run:
-        model_config = ModelConfig.read(args.model)
+        model_config = ModelConfig.read(fetched(args.model, files=["config.json"]))
         show_settings(args, Console())
         describe_rl(model_config, config, Console())
         return 0
     set_threads()
     run = RunDir(args.out)
     console = Console(run.path / "console.log")
-    stages.reinforce_model(run, args.model, config, console)
+    stages.reinforce_model(run, fetched(args.model), config, console)
     console.print(f"model in {run.path / 'model'}")
     return 0

@@ -22,8 +22,8 @@ class Args(ServeSettings):
     """What to serve, and where."""
 
     path: tyro.conf.Positional[Path] = SHIPPED
-    """Checkpoint folder in the released layout, .gguf file, or training run (its newest checkpoint); by default, the
-    small model that comes with the package."""
+    """Checkpoint folder in the released layout, .gguf file, training run (its newest checkpoint), or hf://ORG/NAME
+    on the hub; by default, the small model that comes with the package."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -57,6 +57,7 @@ def main(args: Args) -> int:
 def become_vllm(args: Args) -> int:
     """Hand this process over to vLLM."""
     from step35.config.model import ModelConfig
+    from step35.runtime.hub import fetched
     from step35.serve.vllm import Target, command, run
 
     if args.quantization != "none":
@@ -64,9 +65,10 @@ def become_vllm(args: Args) -> int:
             f"quantization={args.quantization} is not vLLM's; leave it out, or name one of vLLM's, for example "
             '--vllm.args="--quantization fp8".'
         )
-    modules = ModelConfig.read(args.path).num_nextn_predict_layers
+    path = fetched(args.path)
+    modules = ModelConfig.read(path).num_nextn_predict_layers
     target = Target(
-        path=str(args.path.resolve()),
+        path=str(path.resolve()),
         model_name=served_name(args),
         host=args.host,
         port=args.port,

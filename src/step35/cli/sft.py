@@ -14,7 +14,7 @@ class Args(SFTConfig):
     out: Path = Path("runs/sft")
     """Run directory; the finished model lies in its model/ folder."""
     model: Path = Path("runs/train/model")
-    """Checkpoint to start from, in the released layout."""
+    """Checkpoint to start from: a folder in the released layout, a .gguf file, a training run, or hf://ORG/NAME."""
     conversations_file: Path | None = None
     """JSON lines {"messages": [...], "tools": [...]}; without one, calculator demonstrations are synthesised."""
     dry_run: bool = False
@@ -31,17 +31,18 @@ def main(args: Args) -> int:
     from step35.config.model import ModelConfig
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
+    from step35.runtime.hub import fetched
     from step35.runtime.rundir import RunDir
 
     config = SFTConfig.model_validate(args.model_dump(include=set(SFTConfig.model_fields)))
     if args.dry_run:
-        model_config = ModelConfig.read(args.model).with_mtp(3)
+        model_config = ModelConfig.read(fetched(args.model, files=["config.json"])).with_mtp(3)
         show_settings(args, Console())
         describe_training(model_config, config, Console())
         return 0
     set_threads()
     run = RunDir(args.out)
     console = Console(run.path / "console.log")
-    stages.supervise(run, args.model, config, console, args.conversations_file)
+    stages.supervise(run, fetched(args.model), config, console, args.conversations_file)
     console.print(f"model in {run.path / 'model'}")
     return 0

@@ -20,6 +20,7 @@ from step35.config.model import refuse_run
 from step35.data.chat import chat_template
 from step35.errors import CheckpointError, ConfigError
 from step35.runtime.disk import disk_errors, write_text
+from step35.runtime.hub import fetched
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
 EOS_TOKEN = "<｜end▁of▁sentence｜>"
@@ -134,9 +135,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of what `load_model` loads; see `Tokenizer.load`.
 
-    That is a checkpoint folder, a .gguf file, a training run or one checkpoint of it.
+    That is a checkpoint folder, a .gguf file, a training run or one checkpoint of it, or an address on the hub.
     """
-    path = Path(path)
+    path = fetched(path)
     if path.suffix == ".gguf":
         from step35.data.gguf_vocabulary import load_gguf_tokenizer
 

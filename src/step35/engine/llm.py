@@ -24,6 +24,7 @@ from step35.errors import ConfigError
 from step35.model.context import Context
 from step35.model.step35 import Step35
 from step35.model.weights import load_model
+from step35.runtime.hub import fetched
 
 Prompt = str | Sequence[int]
 
@@ -53,6 +54,7 @@ class LLM:
         if quantization not in ("none", "int8"):
             raise ConfigError(f"quantization={quantization!r} is unknown; choose none or int8.")
         if path is not None:
+            path = fetched(path)
             model = load_model(path, dtype=dtype, device=device, mtp=mtp)
             tokenizer = load_tokenizer(path)
         if model is None or tokenizer is None:

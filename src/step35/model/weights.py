@@ -23,6 +23,7 @@ from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.step35 import Step35
 from step35.model.tensors import ModelTensors, StateTensors, Tensors, check, fill
 from step35.runtime.disk import disk_errors, publish
+from step35.runtime.hub import fetched
 from step35.runtime.manifest import MANIFEST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +39,8 @@ def load_model(
 ) -> Step35:
     """Load a checkpoint folder in the released layout, or a .gguf file; router weights and biases stay fp32.
 
-    A training run (its newest checkpoint) or a checkpoint of it, `checkpoints/step_N`, will do, too.
+    A training run (its newest checkpoint) or a checkpoint of it, `checkpoints/step_N`, will do, too, and an address on
+    the hub (`runtime/hub.py`).
 
     `mtp` loads only the first so many MTP modules (0: the trunk and its head); None loads all that the config names.
     Raises `CheckpointError` for a folder that is no checkpoint, and for missing, unexpected, misshapen or truncated
@@ -60,7 +62,7 @@ def open_checkpoint(path: str | Path, *, mtp: int | None = None) -> tuple[ModelC
     Arguments, sources and errors are those of `load_model`. The weights of a training checkpoint are read at once,
     since a live run may delete it any time.
     """
-    path = Path(path)
+    path = fetched(path)
     source: Tensors
     if step := training_checkpoint(path):
         from step35.runtime.checkpoint import load_tensors  # half as long to import as torch, and rarely wanted
