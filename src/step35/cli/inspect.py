@@ -102,13 +102,13 @@ def model_config(name: str) -> ModelConfig:
     if is_preset(name):
         return preset(name)
     path = fetched(name, files=["config.json"])
-    if path.suffix == ".gguf":
-        from step35.model.gguf import GGUFTensors
-
-        return GGUFTensors(path).config()
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".gguf":
         raise ConfigError(f"'{name}' is neither a preset ({PRESET_NAMES}) nor a folder or .gguf file.")
-    return ModelConfig.read(path)
+    if (path / "config.json").is_file():
+        return ModelConfig.read(path)
+    from step35.model.weights import read_config  # imports torch, which takes longer than all else here
+
+    return read_config(path)
 
 
 def examine(config: ModelConfig, args: Args) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def main(args: Args) -> int:
     """Train to the last round."""
     from step35.cli import stages
     from step35.cli.dry_run import describe_rl, show_settings
-    from step35.config.model import ModelConfig
+    from step35.model.weights import read_config
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.hub import fetched
@@ -34,7 +34,7 @@ def main(args: Args) -> int:
 
     config = RLConfig.model_validate(args.model_dump(include=set(RLConfig.model_fields)))
     if args.dry_run:
-        model_config = ModelConfig.read(fetched(args.model, files=["config.json"]))
+        model_config = read_config(args.model)
         show_settings(args, Console())
         describe_rl(model_config, config, Console())
         return 0

@@ -28,7 +28,7 @@ def main(args: Args) -> int:
     """Fine-tune to the last step."""
     from step35.cli import stages
     from step35.cli.dry_run import describe_training, show_settings
-    from step35.config.model import ModelConfig
+    from step35.model.weights import read_config
     from step35.runtime.console import Console
     from step35.runtime.device import set_threads
     from step35.runtime.hub import fetched
@@ -36,7 +36,7 @@ def main(args: Args) -> int:
 
     config = SFTConfig.model_validate(args.model_dump(include=set(SFTConfig.model_fields)))
     if args.dry_run:
-        model_config = ModelConfig.read(fetched(args.model, files=["config.json"])).with_mtp(3)
+        model_config = read_config(args.model).with_mtp(3)
         show_settings(args, Console())
         describe_training(model_config, config, Console())
         return 0

@@ -81,6 +81,14 @@ def open_checkpoint(path: str | Path, *, mtp: int | None = None) -> tuple[ModelC
     return config, source
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """Return the config of what `load_model` loads; of a checkpoint on the hub nothing else is fetched."""
+    path = fetched(path, files=["config.json"])
+    if step := training_checkpoint(path):
+        return ModelConfig.read(architecture(step))
+    return GGUFTensors(path).config() if path.suffix == ".gguf" else ModelConfig.read(path)
+
+
 def training_checkpoint(path: Path) -> Path | None:
     """Return `path` if it is `checkpoints/step_N`, the newest one if it is a training run, None if it is neither.
 
