@@ -114,9 +114,12 @@ def architecture(step: Path) -> Path:
     return folder
 
 
-def save_model(model: Step35, path: str | Path, *, dtype: str = "float32", shard_bytes: int = 4 * 2**30) -> None:
+def save_model(
+    model: Step35, path: str | Path, *, dtype: str | torch.dtype = "float32", shard_bytes: int = 4 * 2**30
+) -> None:
     """Write the model into folder `path`; see `save_tensors`."""
-    save_tensors(ModelTensors(model), model.config, path, dtype=dtype, shard_bytes=shard_bytes)
+    name = str(dtype).removeprefix("torch.")
+    save_tensors(ModelTensors(model), model.config, path, dtype=name, shard_bytes=shard_bytes)
 
 
 def save_tensors(
