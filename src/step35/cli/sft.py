@@ -16,7 +16,9 @@ class Args(SFTConfig):
     model: Path = Path("runs/train/model")
     """Checkpoint to start from: a folder in the released layout, a .gguf file, a training run, or hf://ORG/NAME."""
     conversations_file: Path | None = None
-    """JSON lines {"messages": [...], "tools": [...]}; without one, calculator demonstrations are synthesised."""
+    """JSON lines {"messages": [...], "tools": [...]}, also .gz or .zst. Learned is what the assistant says behind the
+    last user message: a new query erases the thinking before it, so put the turns to learn into lines of their own.
+    Without a file, calculator demonstrations are synthesised."""
     dry_run: bool = False
     """Print the resolved settings, optimisers, memory and FLOPs, and stop."""
 
