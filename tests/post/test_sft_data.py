@@ -4,10 +4,12 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from step35.cli.shipped import SHIPPED
+from step35.data import chat
 from step35.data.lines import zstd
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
@@ -135,3 +137,48 @@ def test_conversations_of_which_nothing_is_learned_or_that_are_too_long_are_left
     assert "1 of 3 conversations have no assistant turn behind their last query: left out" in printed
     assert "1 of 2 conversations are longer than context=256: left out" in printed
     assert packed_rows([unanswered], tokenizer, 256, Console()) == []
+
+
+def test_the_released_data_are_read_as_they_are(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    shared = {"name": "", "meta": {}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "first", "loss_mask": 1, "tools": [tool], **shared},
+        {"role": "assistant", "content": "earlier", "loss_mask": 1, **shared},
+        {"role": "user", "content": [{"type": "text", "value": "second"}], "loss_mask": 1, **shared},
+        {"role": "assistant", "content": "wrong", "loss_mask": 0, "reasoning_content": "hm", **shared},
+        {"role": "tool", "content": "no", "loss_mask": 1, **shared},
+        {"role": "assistant", "content": "right", "loss_mask": 1, "reasoning_content": "ah", **shared},
+    ]
+    path = tmp_path / "chunk_0.json"
+    path.write_text(json.dumps([{"conversations": turns}, {"images": []}, 7], indent=1))
+    warnings: list[str] = []
+    [found] = read_conversations(path, warnings.append)
+    assert found == Conversation(turns, [tool])  # type: ignore[arg-type]
+    assert warnings == [
+        f"skipped: {path}:2: no list of messages under 'messages' or 'conversations': {{\"images\": []}}",
+        f"skipped: {path}:3: no list of messages under 'messages' or 'conversations': 7",
+    ]
+    learned = [text for text, generated in chat.segments(found.messages, found.tools) if generated]
+    assert learned == ["ah\n</think>\nright<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": []}', "is one JSON dict; give a list"),
+        ("[1]\n[2]\n", "need the suffix .jsonl"),
+        ("[" * 99_999, "JSON"),
+    ],
+)
+def test_a_json_file_that_is_no_list_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_conversations(path, warn=pytest.fail)
+
+
+def test_a_compressed_list_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.json.gz"
+    path.write_bytes(gzip.compress(b'[{"messages": []}]'))
+    assert read_conversations(path, warn=pytest.fail) == [Conversation([], [])]

@@ -31,6 +31,8 @@ class Message(TypedDict, total=False):
     reasoning_content: str | None
     tool_calls: list[ToolCall]
     tool_call_id: str
+    loss_mask: int | None
+    """0 leaves an assistant's turn out of the loss of fine-tuning; the released SFT data say so of every turn."""
 
 
 ToolSchema = dict[str, Any]

@@ -16,7 +16,8 @@ class Args(SFTConfig):
     model: Path = Path("runs/train/model")
     """Checkpoint to start from: a folder in the released layout, a .gguf file, a training run, or hf://ORG/NAME."""
     conversations_file: Path | None = None
-    """JSON lines {"messages": [...], "tools": [...]}, also .gz or .zst. Learned is what the assistant says behind the
+    """JSON lines {"messages": [...], "tools": [...]}, or a .json file with a list of such records or of those of the
+    released SFT data ("conversations", "loss_mask"); also .gz or .zst. Learned is what the assistant says behind the
     last user message: a new query erases the thinking before it, so put the turns to learn into lines of their own.
     Without a file, calculator demonstrations are synthesised."""
     dry_run: bool = False

@@ -98,7 +98,8 @@ def segments(
     """Cut the rendered text into pieces that alternate between given (False) and generated (True).
 
     A generated piece runs from behind `<think>\\n` to `<|im_end|>` inclusive. Assistant turns before the last
-    user query are given text: they are printed without the thinking that led to them.
+    user query are given text: they are printed without the thinking that led to them. So is a turn whose `loss_mask`
+    is 0.
     """
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -222,7 +223,7 @@ def _assistant_turn(message: Message, content: str, *, thinking: bool) -> Iterat
     if thinking:
         # Explicit reasoning is not trimmed: its own trailing newline would show as a blank line.
         yield GENERATION_PROMPT, False
-        yield f"{reasoning}\n</think>\n{answer}", True
+        yield f"{reasoning}\n</think>\n{answer}", message.get("loss_mask") != 0
         yield "\n", False
     else:
         yield f"<|im_start|>assistant\n{answer}\n", False

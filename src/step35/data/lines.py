@@ -102,6 +102,25 @@ def read_records(path: Path, bad: BadLines) -> Iterator[tuple[int, Any, bytes]]:
             yield number, record, line
 
 
+def read_list(path: Path, bad: BadLines) -> Iterator[tuple[int, Any, bytes]]:
+    """Yield the number and the value of each element, and no content, of a file that is one list of JSON, read whole.
+
+    Raises `DataError` as `read_lines` does, and when the file is something else.
+    """
+    try:
+        values = json.loads(b"".join(read_lines(path, bad)).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is not JSON ({error}); records on lines of their own need the suffix .jsonl."
+        ) from None
+    if not isinstance(values, list):
+        raise DataError(
+            f"{path} is one JSON {type(values).__name__}; give a list of records, or lines in a .jsonl file."
+        )
+    for number, value in enumerate(values, start=1):
+        yield number, value, b""
+
+
 def _open_zstd(path: Path) -> BinaryIO:
     try:
         stream: BinaryIO = zstd().open(path, "rb")

@@ -11,7 +11,7 @@ from typing import Any
 from step35.api.messages import Message, ToolSchema
 from step35.config.train import TrainConfig
 from step35.data import chat
-from step35.data.lines import BadLines, read_records
+from step35.data.lines import COMPRESSED, BadLines, read_list, read_records
 from step35.data.loader import PackedLoader
 from step35.data.packing import Row, pack_conversations
 from step35.data.tokenizer import Tokenizer
@@ -38,19 +38,22 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
 
 
 def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversation]:
-    """Read JSON lines of conversations, also .gz or .zst; bad lines are skipped, counted, and the first ten named.
+    """Read conversations: JSON lines, or a .json file with a list of them, as the released SFT data are stored.
 
-    Raises `DataError` when the file is not there, is damaged, or holds no conversation.
+    Either may be .gz or .zst. Bad lines are skipped, counted, and the first ten named. Raises `DataError` when the file
+    is not there, is damaged, or holds no conversation.
     """
     if not path.is_file():
         raise DataError(f"{path} is not there; give a file of JSON lines with a 'messages' list each.")
     found, bad = [], BadLines()
-    for number, record, line in read_records(path, bad):
+    kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    read = read_list if kind == ".json" else read_records
+    for number, record, line in read(path, bad):
         try:
             found.append(_conversation(record))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
-            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
-            bad.add(path, number, f"{kind}{error}", line)
+            name = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            bad.add(path, number, f"{name}{error}", line or json.dumps(record))
     for quote in bad.quotes:
         warn(f"skipped: {quote}")
     if bad.count > len(bad.quotes):
@@ -62,10 +65,13 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
 
 def _conversation(record: Any) -> Conversation:
     """Return the conversation of a record; raises what comes of a record that is none, or cannot be rendered."""
-    messages = record.get("messages") if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else {}
+    messages = record.get("messages", record.get("conversations"))
     if not isinstance(messages, list):
-        raise DataError("no list of messages under 'messages'")
-    conversation = Conversation(messages, record.get("tools") or [])
+        raise DataError("no list of messages under 'messages' or 'conversations'")
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    tools = record.get("tools") or first.get("tools") or first.get("tool_schemas") or []
+    conversation = Conversation(messages, tools)
     chat.segments(conversation.messages, conversation.tools)
     return conversation
 
