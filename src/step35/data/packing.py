@@ -100,10 +100,12 @@ def _longest_first(lengths: Sequence[int], capacity: int) -> Iterator[tuple[int,
         yield item, lengths[item]
 
 
-def pack_conversations(
-    samples: Sequence[tuple[Sequence[int], Sequence[bool]]], context: int, pad_id: int
-) -> tuple[list[Row], int]:
-    """Pack samples (token ids, which of them to train on) into rows; return rows and how many were left out.
+Sample = tuple[Sequence[int] | np.ndarray[Any, Any], Sequence[bool] | np.ndarray[Any, Any]]
+"""Token ids, and which of them to train on."""
+
+
+def pack_conversations(samples: Sequence[Sample], context: int, pad_id: int) -> tuple[list[Row], int]:
+    """Pack samples into rows; return rows and how many were left out.
 
     A sample that is empty or longer than `context` is left out whole: a cut conversation would teach the
     model to stop in the middle. Raises ValueError when a sample's mask has another length than its ids.
@@ -117,7 +119,7 @@ def pack_conversations(
     return rows, len(samples) - len(fitting)
 
 
-def _row(samples: Sequence[tuple[Sequence[int], Sequence[bool]]], context: int, pad_id: int) -> Row:
+def _row(samples: Sequence[Sample], context: int, pad_id: int) -> Row:
     tokens = np.full(context, pad_id, dtype=np.int64)
     segments = np.full(context, -1, dtype=np.int32)
     targets = np.zeros(context, dtype=bool)

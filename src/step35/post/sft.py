@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from step35.api.messages import Message, ToolSchema
 from step35.config.train import TrainConfig
 from step35.data import chat
 from step35.data.lines import COMPRESSED, BadLines, read_list, read_records
 from step35.data.loader import PackedLoader
-from step35.data.packing import Row, pack_conversations
+from step35.data.packing import Row, Sample, pack_conversations
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
 from step35.model.step35 import Step35
@@ -100,13 +102,17 @@ def packed_rows(
     Those without an assistant's turn behind the last query, of which nothing is learned, and those that are longer
     are left out and counted.
     """
-    encoded = [chat.encode(tokenizer, c.messages, c.tools) for c in conversations]
-    samples = [(ids, targets) for ids, targets in encoded if any(targets)]
-    if len(samples) < len(encoded):
-        console.warn(
-            f"{len(encoded) - len(samples)} of {len(encoded)} conversations have no assistant turn behind their last "
-            "query: left out"
-        )
+    samples: list[Sample] = []
+    with console.stage("sft: encode", len(conversations), "conversation") as shown:
+        for conversation in conversations:
+            ids, targets = chat.encode(tokenizer, conversation.messages, conversation.tools)
+            if any(targets):
+                samples.append((np.array(ids, dtype=np.int32), np.array(targets)))  # a tenth of the lists' memory
+            shown.advance()
+    count = len(conversations)
+    if len(samples) < count:
+        why = "have no assistant turn behind their last query"
+        console.warn(f"{count - len(samples)} of {count} conversations {why}: left out")
     rows, left_out = pack_conversations(samples, context, tokenizer.pad_id)
     if left_out:
         console.warn(f"{left_out} of {len(samples)} conversations are longer than context={context}: left out")
