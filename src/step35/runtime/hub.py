@@ -18,18 +18,13 @@ CHECKPOINT = ("*.json", "*.jinja", "*.safetensors")
 _ADDRESS = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/@]+))?(?:/(.+))?")
 
 
-def is_address(path: str | Path) -> bool:
-    """Return whether `path` lies on the hub."""
-    return str(path).startswith("hf:")
-
-
 def fetched(path: str | Path, files: Sequence[str] = CHECKPOINT) -> Path:
     """Return `path` itself, or for an address where it lies now.
 
     Of a whole repository only `files` are downloaded. Raises `HubError` for an address that is none, does not exist, or
     cannot be reached and is not in the cache.
     """
-    if not is_address(path):
+    if not str(path).startswith("hf:"):
         return Path(path)
     address = re.sub("^hf:/*", "hf://", str(path))  # of which a Path keeps one slash
     parts = _ADDRESS.fullmatch(address)
