@@ -176,12 +176,20 @@ def test_chat_passes_the_sampling_parameters_on(llm: LLM, tokenizer: Tokenizer) 
     assert llm.chat(question, params=params) == chat.parse(tokenizer.decode(completion.token_ids))
 
 
-def test_scores_are_the_log_softmax_of_the_logits(llm: LLM) -> None:
-    sequences = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21]]
+@pytest.mark.parametrize("rows", [4, 9, 1024])
+def test_scores_are_the_log_softmax_of_the_logits(llm: LLM, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step35.engine.llm.SCORED", rows)
+    sequences = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21], [5], []]
     for ids, scores in zip(sequences, llm.score(sequences), strict=True):
         with torch.no_grad():
-            logprobs = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logprobs = llm.model(torch.tensor([ids], dtype=torch.long)).logits[0].log_softmax(-1)
         assert scores == pytest.approx([float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)], abs=1e-5)
+
+
+def test_only_ids_of_the_vocabulary_have_scores(llm: LLM) -> None:
+    for wrong in (-1, llm.model.config.vocab_size):
+        with pytest.raises(ConfigError, match=f"token id {wrong} is outside the vocabulary"):
+            llm.score([[5, wrong]])
 
 
 def test_scores_agree_with_the_logprobs_of_generation(llm: LLM) -> None:

@@ -188,10 +188,7 @@ class Engine:
                 f"speculate={params.speculate}, but the model has {len(self.model.mtp)} MTP modules; "
                 f"choose 0 to {len(self.model.mtp)}."
             )
-        vocabulary = self.model.config.vocab_size
-        wrong = [t for t in (*prompt, *params.logit_bias) if not 0 <= t < vocabulary]
-        if wrong:
-            raise ConfigError(f"token id {wrong[0]} is outside the vocabulary; give ids from 0 to {vocabulary - 1}.")
+        check_ids((*prompt, *params.logit_bias), self.model.config.vocab_size)
         request = Request.create(prompt, params, self.eos_ids, self.max_context)
         self._follow_text(request, stream_text)
         request.greedy = takes_likeliest(params) and request.constraint is None and not params.top_logprobs
@@ -383,3 +380,10 @@ def _block_counts(
     per_request = -(-(window + deepest) // BLOCK_TOKENS) + 2
     chunk = -(-max_pass_tokens // BLOCK_TOKENS)
     return full, min(full, 2 * max_batch * per_request) + chunk + per_request
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """Raise `ConfigError` when one of the ids is none of the vocabulary."""
+    wrong = [token for token in ids if not 0 <= token < vocabulary]
+    if wrong:
+        raise ConfigError(f"token id {wrong[0]} is outside the vocabulary; give ids from 0 to {vocabulary - 1}.")

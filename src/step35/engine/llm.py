@@ -16,7 +16,7 @@ from step35.api.sampler import Completion, Update
 from step35.api.sampling import SamplingParams
 from step35.data import chat
 from step35.data.tokenizer import Tokenizer, load_tokenizer
-from step35.engine.engine import Engine
+from step35.engine.engine import Engine, check_ids
 from step35.engine.int8 import quantise
 from step35.engine.request import Request
 from step35.engine.stop_text import StopText
@@ -27,6 +27,8 @@ from step35.model.weights import load_model
 from step35.runtime.hub import fetched
 
 Prompt = str | Sequence[int]
+SCORED = 1024
+"""Positions whose logits `score` holds at a time: with a large vocabulary they are larger than all else."""
 
 
 class LLM:
@@ -140,11 +142,13 @@ class LLM:
 
 
 def score_one(model: Step35, ids: Sequence[int]) -> list[float]:
-    """Return the T-1 log-probabilities of one sequence."""
-    tokens_BT = torch.tensor([list(ids)], device=model.embed_tokens.weight.device)
-    logits = model.logits(model.trunk(tokens_BT, Context.packed(tokens_BT)))
-    losses = F.cross_entropy(logits[0, :-1], tokens_BT[0, 1:], reduction="none")
-    return (-losses).tolist()
+    """Return the T-1 log-probabilities of one sequence; raise `ConfigError` for ids outside the vocabulary."""
+    check_ids(ids, model.config.vocab_size)
+    tokens_BT = torch.tensor([list(ids)], dtype=torch.long, device=model.embed_tokens.weight.device)
+    h_BTD = model.trunk(tokens_BT, Context.packed(tokens_BT))[:, :-1]
+    parts = zip(torch.split(h_BTD, SCORED, 1), torch.split(tokens_BT[:, 1:], SCORED, 1), strict=True)
+    losses = [F.cross_entropy(model.logits(h)[0], target[0], reduction="none") for h, target in parts]
+    return (-torch.cat(losses)).tolist()
 
 
 def update(request: Request, count: int) -> Update:
