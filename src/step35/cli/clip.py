@@ -48,6 +48,7 @@ def main(args: Args) -> int:
     from step35.data.tokenizer import load_tokenizer
     from step35.model.weights import load_model
     from step35.runtime.console import Console
+    from step35.runtime.hub import fetched
     from step35.train.weight_clipping import clip_weights, largest_products
 
     if (args.text is None) == (args.data is None):
@@ -57,7 +58,8 @@ def main(args: Args) -> int:
     if args.out.exists():
         raise ConfigError(f"out={args.out} exists; choose a new folder.")
     check_beside(args.out)
-    model, tokenizer, console = load_model(args.path), load_tokenizer(args.path), Console()
+    path, console = fetched(args.path), Console()
+    model, tokenizer = load_model(path), load_tokenizer(path)
     largest = largest_products(model, _batches(args, tokenizer))
     rows = [
         [f"layer {layer}", *(f"{figure:.4g}" for x_E in largest_3E for figure in (x_E.max(), x_E.median()))]

@@ -56,10 +56,12 @@ def main(args: Args) -> int:
     from step35.model.tensors import Watched
     from step35.model.weights import open_checkpoint
     from step35.runtime.console import Console
+    from step35.runtime.hub import fetched
 
     _check_target(args)
-    config, source = open_checkpoint(args.path, mtp=args.mtp)
-    tokenizer = load_tokenizer(args.path)
+    path = fetched(args.path)
+    config, source = open_checkpoint(path, mtp=args.mtp)
+    tokenizer = load_tokenizer(path)
     with Console().stage(f"convert to {args.to}", len(list(released_parts(config))), "tensor") as shown:
         _write(args, config, Watched(source, shown.advance), tokenizer)
     open_checkpoint(args.out)

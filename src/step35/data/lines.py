@@ -146,5 +146,10 @@ def _zstd_error() -> type[Exception]:
     return error
 
 
+def kind_of(path: Path) -> str:
+    """Return the suffix of what a plain or compressed file holds."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
 COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zstd}
 """Suffix -> how to open the file behind it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from step35.data.document import Document
-from step35.data.lines import COMPRESSED, BadLines, read_lines, read_records
+from step35.data.lines import BadLines, kind_of, read_lines, read_records
 from step35.data.shards import TokenShards
 from step35.data.tokenizer import Tokenizer
 from step35.errors import DataError
@@ -117,7 +117,7 @@ def _reader(path: Path) -> Callable[[_File], Iterator[Document]] | None:
     """Return the reader for what `path` is, None when there is none."""
     if path.is_dir():
         return _token_shards
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    suffix = kind_of(path)
     if suffix == ".jsonl":
         return _json_lines
     if suffix in _TEXT_FILES:

@@ -13,7 +13,7 @@ import numpy as np
 from step35.api.messages import Message, ToolSchema
 from step35.config.train import TrainConfig
 from step35.data import chat
-from step35.data.lines import COMPRESSED, BadLines, read_list, read_records
+from step35.data.lines import BadLines, kind_of, read_list, read_records
 from step35.data.loader import PackedLoader
 from step35.data.packing import Row, Sample, pack_conversations
 from step35.data.tokenizer import Tokenizer
@@ -48,8 +48,7 @@ def read_conversations(path: Path, warn: Callable[[str], None]) -> list[Conversa
     if not path.is_file():
         raise DataError(f"{path} is not there; give a file of JSON lines with a 'messages' list each.")
     found, bad = [], BadLines()
-    kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    read = read_list if kind == ".json" else read_records
+    read = read_list if kind_of(path) == ".json" else read_records
     for number, record, line in read(path, bad):
         try:
             found.append(_conversation(record))
