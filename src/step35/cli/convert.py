@@ -51,7 +51,9 @@ class Args(Config):
 
 def main(args: Args) -> int:
     """Check the source, write, and check what was written."""
+    from step35.data.gguf_vocabulary import gguf_tokenizer
     from step35.data.tokenizer import load_tokenizer
+    from step35.model.gguf import GGUFTensors
     from step35.model.layout import released_parts
     from step35.model.tensors import Watched
     from step35.model.weights import open_checkpoint
@@ -61,7 +63,8 @@ def main(args: Args) -> int:
     _check_target(args)
     path = fetched(args.path)
     config, source = open_checkpoint(path, mtp=args.mtp)
-    tokenizer = load_tokenizer(path)
+    # A .gguf file with the release's vocabulary takes seconds to open: once is enough.
+    tokenizer = gguf_tokenizer(source) if isinstance(source, GGUFTensors) else load_tokenizer(path)
     with Console().stage(f"convert to {args.to}", len(list(released_parts(config))), "tensor") as shown:
         _write(args, config, Watched(source, shown.advance), tokenizer)
     open_checkpoint(args.out)

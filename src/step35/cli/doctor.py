@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
     from step35.engine.compiled.program import SOURCE as DECODING
     from step35.model.compiled.library import libraries
     from step35.runtime.compiled import find_compiler, load_library
-    from step35.runtime.device import compute_dtype, pick_device, set_threads
+    from step35.runtime.device import compute_dtype, dtype_name, pick_device, set_threads
 
     threads = set_threads()
     device = pick_device("auto")
@@ -75,7 +75,7 @@ def examine() -> dict[str, Any]:
         "threads": threads,
         "disk_free_bytes": free_bytes(Path.cwd()),
         "device": str(device),
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(dtype),
         "bf16_flops": matmul_rate(torch.bfloat16, device),
         "fp32_flops": matmul_rate(torch.float32, device),
         "read_bytes_per_s": read_bandwidth(min(READ_BYTES, memory // 8)),

@@ -79,11 +79,11 @@ def vocabulary_keys(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
     }
 
 
-def load_gguf_tokenizer(path: Path) -> Tokenizer:
+def gguf_tokenizer(file: GGUFTensors) -> Tokenizer:
     """Return the tokenizer inside a .gguf file, or beside it if its rule is not known."""
-    file = GGUFTensors(path)
-    if file.metadata.get("tokenizer.ggml.pre") not in RULES and path.with_name("tokenizer.json").is_file():
-        return Tokenizer.load(path.parent)
+    folder = Path(file.place).parent
+    if file.metadata.get("tokenizer.ggml.pre") not in RULES and (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder)
     return tokenizer_from_keys(file.metadata, file.config())
 
 

@@ -139,9 +139,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = fetched(path)
     if path.suffix == ".gguf":
-        from step35.data.gguf_vocabulary import load_gguf_tokenizer
+        from step35.data.gguf_vocabulary import gguf_tokenizer
+        from step35.model.gguf import GGUFTensors
 
-        return load_gguf_tokenizer(path)
+        return gguf_tokenizer(GGUFTensors(path))
     if not (path / "tokenizer.json").is_file():
         from step35.model.weights import architecture, training_checkpoint
 

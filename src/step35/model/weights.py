@@ -22,6 +22,7 @@ from step35.model.gguf import GGUFTensors
 from step35.model.layout import FP32_NAMES, released_parts
 from step35.model.step35 import Step35
 from step35.model.tensors import ModelTensors, StateTensors, Tensors, check, fill
+from step35.runtime.device import dtype_name
 from step35.runtime.disk import disk_errors, publish
 from step35.runtime.hub import fetched
 from step35.runtime.manifest import MANIFEST
@@ -118,8 +119,7 @@ def save_model(
     model: Step35, path: str | Path, *, dtype: str | torch.dtype = "float32", shard_bytes: int = 4 * 2**30
 ) -> None:
     """Write the model into folder `path`; see `save_tensors`."""
-    name = str(dtype).removeprefix("torch.")
-    save_tensors(ModelTensors(model), model.config, path, dtype=name, shard_bytes=shard_bytes)
+    save_tensors(ModelTensors(model), model.config, path, dtype=dtype_name(dtype), shard_bytes=shard_bytes)
 
 
 def save_tensors(
@@ -161,7 +161,7 @@ def released_config(config: ModelConfig, dtype: str) -> dict[str, object]:
 
 def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     """Return the torch dtype of a name or of itself; raise `CheckpointError` for one not used in checkpoints here."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise CheckpointError(f"dtype='{name}' is not supported; choose one of {', '.join(DTYPES)}.")
     return DTYPES[name]

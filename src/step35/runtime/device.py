@@ -33,6 +33,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def dtype_name(dtype: str | torch.dtype | None) -> str:
+    """Return what settings and files call a dtype; a name stays what it is."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device multiplies it clearly faster than fp32, else float32.
 

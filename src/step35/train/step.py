@@ -17,7 +17,7 @@ from step35.errors import ConfigError
 from step35.model.context import Context
 from step35.model.init import clone_mtp
 from step35.model.step35 import Step35
-from step35.runtime.device import compute_dtype
+from step35.runtime.device import compute_dtype, dtype_name
 from step35.train import loss as losses
 from step35.train.balance import expert_counts, group_balance_loss, update_bias, without_padding
 from step35.train.groups import build_optimisers, diverged, drop_gradients, step_optimisers
@@ -150,7 +150,7 @@ class Learner:
             "model": {**self.model.state_dict(), **self.masters.state_dict()},
             "optimisers": [o.state_dict() for o in self.optimisers],
             "monitor": self.monitor.state_dict(),
-            "dtype": str(self.model.compute_dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.model.compute_dtype),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from step35.post.rl.advantages import advantages, returns
 from step35.post.rl.batch import TrajectoryBatch, draft_losses, state_values, token_logprobs
 from step35.post.rl.critic import make_critic
 from step35.post.rl.mis_po import mis_filter, mis_po_loss
-from step35.runtime.device import compute_dtype
+from step35.runtime.device import compute_dtype, dtype_name
 from step35.runtime.seeding import generator
 from step35.train.groups import apply_gradients, build_optimisers
 from step35.train.loss import mtp_weights
@@ -170,8 +170,7 @@ class RLLearner:
 
 def _whole(role: Role) -> dict[str, Any]:
     """Return a role's state with its model's weights and compute dtype."""
-    dtype = str(role.model.compute_dtype).removeprefix("torch.")
-    return {"model": role.model.state_dict(), "dtype": dtype, **role.state_dict()}
+    return {"model": role.model.state_dict(), "dtype": dtype_name(role.model.compute_dtype), **role.state_dict()}
 
 
 def _mean(values: Sequence[float]) -> float:
